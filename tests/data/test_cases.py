@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tfmtseg.data import cases
+from tfmtseg.data.cases import Case, read_case_list, read_data_folder
+from tfmtseg.errors import InputError, InputErrors, InputWarning
+from tfmtseg.regions import Regions
+
+
+def problems(root: Path) -> list[str]:
+    with pytest.raises(InputErrors) as caught:
+        read_data_folder(root)
+    return [str(error) for error in caught.value.errors]
+
+
+class TestDecathlon:
+    def test_a_sound_folder(self, folder):
+        folder.case("BRATS_446")
+        folder.case("BRATS_002", labelled=False)
+        folder.image("BRATS_900", "imagesTs")
+        folder.description.update(test=["./imagesTs/BRATS_900.nii.gz"], numTest=1)
+        root = folder.write()
+
+        found = read_data_folder(root)
+        assert found.modalities == ("MRI",)
+        assert found.regions == Regions.exclusive(["a", "b"])
+        assert found.cases == (
+            Case("BRATS_002", (root / "imagesTr/BRATS_002.nii.gz",), None),
+            Case(
+                "BRATS_446",
+                (root / "imagesTr/BRATS_446.nii.gz",),
+                root / "labelsTr/BRATS_446.nii.gz",
+            ),
+        )
+        assert found.test_cases == (Case("BRATS_900", (root / "imagesTs/BRATS_900.nii.gz",)),)
+        assert found.cases[1].without_label().label is None
+
+    def test_modalities_in_the_order_of_their_numbers(self, folder):
+        folder.case("c")
+        folder.description["modality"] = {str(i): f"m{i}" for i in reversed(range(11))}
+        assert read_data_folder(folder.write()).modalities == tuple(f"m{i}" for i in range(11))
+
+    def test_byte_order_mark(self, folder):
+        folder.case("c")
+        file = folder.write() / "dataset.json"
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        assert len(read_data_folder(folder.root).cases) == 1
+
+    def test_everything_wrong_is_listed_at_once(self, folder):
+        for name in "abcd":
+            folder.case(name)
+        (folder.root / "imagesTr/a.nii.gz").unlink()
+        (folder.root / "labelsTr/b.nii.gz").unlink()
+        folder.description["training"].append(folder.description["training"][2])
+        folder.description["numTraining"] += 1
+        folder.description["labels"] = {"0": "background", "2": "b"}
+        del folder.description["modality"]
+        found = problems(folder.write())
+        expected = [
+            "'modality' is missing",
+            "'labels' is .* without a gap",
+            r"training\[0\]\.image is \./imagesTr/a\.nii\.gz, missing",
+            r"training\[1\]\.label is \./labelsTr/b\.nii\.gz, missing",
+            r"training\[4\] is c, listed twice",
+        ]
+        assert len(found) == len(expected)
+        for text, pattern in zip(found, expected, strict=True):
+            assert re.match(rf"{re.escape(str(folder.root))}/dataset\.json: {pattern}", text)
+            assert "Fix: " in text
+
+    @pytest.mark.parametrize(
+        "image",
+        [
+            "../secret.nii.gz",
+            "imagesTr/../../secret.nii.gz",
+            "/etc/passwd",
+            "gs://bucket/x.nii.gz",
+            "imagesTr/link.nii.gz",
+        ],
+    )
+    def test_nothing_outside_the_folder(self, folder, image):
+        folder.case("c")
+        (folder.root.parent / "secret.nii.gz").write_bytes(b"")
+        (folder.root / "imagesTr/link.nii.gz").symlink_to(folder.root.parent / "secret.nii.gz")
+        folder.description["training"][0]["image"] = image
+        (text,) = problems(folder.write())
+        assert f"training[0].image is {image}" in text
+        assert "not outside" in text
+
+    def test_a_link_to_itself(self, folder):
+        folder.case("c")
+        image = folder.root / "imagesTr/c.nii.gz"
+        image.unlink()
+        image.symlink_to("c.nii.gz")
+        (text,) = problems(folder.write())
+        assert "link" in text
+
+    @pytest.mark.parametrize("image", [5, None, "", "imagesTr/c\0.nii.gz", ["x"]])
+    def test_no_path(self, folder, image):
+        folder.case("c")
+        folder.description["training"][0]["image"] = image
+        (text,) = problems(folder.write())
+        assert "must be the path of a file" in text
+
+    def test_image_is_label(self, folder):
+        folder.case("c")
+        folder.description["training"][0]["image"] = "labelsTr/c.nii.gz"
+        (text,) = problems(folder.write())
+        assert "same file" in text
+
+    def test_training_case_in_test(self, folder):
+        folder.case("c")
+        folder.description.update(test=["imagesTr/c.nii.gz"], numTest=1)
+        (text,) = problems(folder.write())
+        assert "test[0] is c, listed twice (also training[0])" in text
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            ("", "empty"),
+            ('{"training": [', "bad at line 1, column 15"),
+            ("[1]", "JSON is a list, must be an object"),
+            ("[" * 100_000 + "]" * 100_000, "nested"),
+            ('{"training": [1], "training": []}', "holding training twice"),
+        ],
+        ids=["empty", "truncated", "list", "deep", "repeated key"],
+    )
+    def test_bad_json(self, folder, content, words):
+        (folder.write() / "dataset.json").write_text(content)
+        (text,) = problems(folder.root)
+        assert text.startswith(f"{folder.root}/dataset.json: ")
+        assert words in text
+
+    def test_odd_but_usable(self, folder):
+        folder.case("c")
+        folder.case("d")
+        first, second = folder.description["training"]
+        first["label"], second["label"] = second["label"], first["label"]
+        folder.description["numTraining"] = 9
+        with pytest.warns(InputWarning) as caught:
+            assert len(read_data_folder(folder.write()).cases) == 2
+        texts = [str(item.message) for item in caught]
+        assert len(texts) == 3
+        assert "'numTraining' is 9, but 2 are listed" in texts[0]
+        assert "the label of c is d.nii.gz" in texts[1]
+
+
+class TestNnunet:
+    @pytest.fixture
+    def root(self, tmp_path):
+        for file in ("imagesTr/a_0000", "imagesTr/a_0001", "labelsTr/a", "imagesTs/t_0000",
+                     "imagesTs/t_0001", "imagesTr/._a_0000"):  # fmt: skip
+            path = tmp_path / f"{file}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+        self.describe(tmp_path, {"background": 0, "b": 2, "a": 1})
+        return tmp_path
+
+    def describe(self, root: Path, labels) -> None:
+        description = {
+            "channel_names": {"0": "T1", "1": "T2"},
+            "labels": labels,
+            "numTraining": 1,
+            "file_ending": ".nii.gz",
+        }
+        (root / "dataset.json").write_text(json.dumps(description))
+
+    def test_a_sound_folder(self, root):
+        found = read_data_folder(root)
+        train = tuple(root / f"imagesTr/a_000{i}.nii.gz" for i in range(2))
+        test = tuple(root / f"imagesTs/t_000{i}.nii.gz" for i in range(2))
+        assert found.modalities == ("T1", "T2")
+        assert found.regions == Regions.exclusive(["a", "b"])
+        assert found.cases == (Case("a", train, root / "labelsTr/a.nii.gz"),)
+        assert found.test_cases == (Case("t", test),)
+
+    def test_nested_regions(self, root):
+        labels = {"background": 0, "core": [2, 3], "whole": [1, 2, 3], "enhancing": 3}
+        self.describe(root, labels)
+        assert read_data_folder(root).regions == Regions(
+            ("whole", "core", "enhancing"), ((1, 2, 3), (2, 3), (3,)), nested=True
+        )
+
+    def test_missing_partners(self, root):
+        (root / "labelsTr/b.nii.gz").touch()
+        (root / "imagesTr/c_0000.nii.gz").touch()
+        (root / "imagesTr/c_0001.nii.gz").touch()
+        (root / "imagesTr/a_0001.nii.gz").unlink()
+        (root / "imagesTr/odd.nii.gz").touch()
+        text = "\n".join(problems(root))
+        assert "case a in imagesTr is of the channels [0], must be of the channels [0, 1]" in text
+        assert "case b is in labelsTr only" in text
+        assert "case c is in imagesTr only" in text
+        assert "imagesTr/odd.nii.gz is without channel number" in text
+
+
+class TestPlain:
+    def touch(self, root: Path, *names: str) -> None:
+        for name in names:
+            (root / name).touch()
+
+    def test_one_file_per_case(self, tmp_path):
+        self.touch(tmp_path, "b_2021.nii.gz", "b_2022.nii.gz", "a.nii", "notes.txt", "._a.nii")
+        found = read_data_folder(tmp_path)
+        assert [case.name for case in found.cases] == ["a", "b_2021", "b_2022"]
+        assert found.regions is None
+        assert all(case.label is None for case in found.cases)
+
+    def test_one_file_per_modality(self, tmp_path):
+        self.touch(tmp_path, *(f"{c}_000{i}.nii.gz" for c in "ab" for i in range(2)))
+        found = read_data_folder(tmp_path)
+        assert [len(case.images) for case in found.cases] == [2, 2]
+        assert len(found.modalities) == 2
+
+    def test_missing_modality(self, tmp_path):
+        self.touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz")
+        assert "files per case is [1, 2]" in problems(tmp_path)[0]
+
+    def test_one_name_twice(self, tmp_path):
+        self.touch(tmp_path, "a.nii", "a.nii.gz")
+        assert "case a is there as .nii.gz and as .nii" in problems(tmp_path)[0]
+
+    def test_link_to_a_file_outside(self, tmp_path):
+        root = tmp_path / "root"
+        root.mkdir()
+        self.touch(tmp_path, "secret.nii.gz")
+        self.touch(root, "a.nii.gz")
+        (root / "b.nii.gz").symlink_to("../secret.nii.gz")
+        (text,) = problems(root)
+        assert "b.nii.gz is a link to a file outside" in text
+
+    def test_nothing_there(self, tmp_path):
+        assert "without images" in problems(tmp_path)[0]
+        assert "data folder is missing" in problems(tmp_path / "nope")[0]
+
+
+class TestCaseList:
+    def test_as_published(self, tmp_path):
+        path = tmp_path / "list.txt"
+        path.write_text("BRATS_446\n\n  BRATS_001 \r\nBRATS_020")
+        assert read_case_list(path) == ("BRATS_446", "BRATS_001", "BRATS_020")
+
+    def test_round_trip(self, tmp_path):
+        cases.write_case_list(tmp_path / "list.txt", ["b", "a é"])
+        assert read_case_list(tmp_path / "list.txt") == ("b", "a é")
+
+    def test_repeated(self, tmp_path):
+        (tmp_path / "list.txt").write_text("a\nb\na\n")
+        with pytest.raises(InputError, match=r"list\.txt: case list is naming a twice"):
+            read_case_list(tmp_path / "list.txt")
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(InputError, match="unreadable"):
+            read_case_list(tmp_path / "list.txt")

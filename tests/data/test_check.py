@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from tfmtseg.data.check import check_data_folder
+from tfmtseg.data.nifti import read_image, read_label
+from tfmtseg.data.preprocess import normalize
+from tfmtseg.errors import InputError, InputWarning
+
+
+def test_a_sound_folder(folder):
+    for name in "abc":
+        folder.case(name)
+    findings = check_data_folder(folder.write())
+    assert (findings.num_cases, findings.errors, findings.warnings) == (3, (), ())
+
+
+def test_structure_and_files_are_reported_together(folder):
+    for name in "abcde":
+        folder.case(name)
+    voxels = np.full((10, 9, 8), np.nan)
+    folder.save("imagesTr/a.nii.gz", voxels)
+    folder.save("labelsTr/a.nii.gz", np.full((10, 9, 8), 9, np.uint8))
+    folder.save("labelsTr/b.nii.gz", np.ones((10, 9, 7), np.uint8))
+    (folder.root / "imagesTr/c.nii.gz").unlink()
+    folder.save("imagesTr/d.nii.gz", np.zeros((10, 9, 8)))
+    findings = check_data_folder(folder.write())
+    expected = [
+        ("dataset.json", "training[2].image"),
+        ("imagesTr/a.nii.gz", "voxel values"),
+        ("labelsTr/a.nii.gz", "label value"),
+        ("labelsTr/b.nii.gz", "shape"),
+    ]
+    assert [(error.file, error.field) for error in findings.errors] == [
+        (str(folder.root / file), field) for file, field in expected
+    ]
+    (text,) = findings.warnings
+    assert text.startswith(f"{folder.root}/imagesTr/d.nii.gz: channel 0 is constant")
+
+
+def test_copies_and_odd_spacing(folder):
+    for name in "abc":
+        folder.case(name)
+    shutil.copy(folder.root / "imagesTr/a.nii.gz", folder.root / "imagesTr/c.nii.gz")
+    folder.image("b", affine=np.diag([1, 1, 6, 1]))
+    folder.label("b", affine=np.diag([1, 1, 6, 1]))
+    findings = check_data_folder(folder.write())
+    assert findings.errors == ()
+    copies, spacing = findings.warnings
+    assert "dataset.json: the images of a and c hold the same voxels" in copies
+    assert "b.nii.gz: voxel size 1 x 1 x 6 mm" in spacing
+
+
+def test_max_label(folder):
+    folder.case("a")
+    root = folder.write()
+    (error,) = check_data_folder(root, max_label=1).errors
+    assert "an integer in 0..1" in str(error)
+
+
+def test_real_broken_cases(folder, shared_data):
+    """An image without its label, a label of another scan, a label without its image."""
+    broken = shared_data / "broken_originals"
+    sound = shared_data / "Task04_Hippocampus"
+    for part in ("imagesTr", "labelsTr"):
+        (folder.root / part).mkdir(parents=True)
+        for number in ("001", "011"):
+            name = f"hippocampus_{number}.nii.gz"
+            shutil.copy(sound / part / name, folder.root / part / name)
+    shutil.copy(broken / "images/hippocampus_118.nii.gz", folder.root / "imagesTr")
+    shutil.copy(broken / "labels/hippocampus_010.nii.gz", folder.root / "labelsTr")
+    shutil.copy(
+        broken / "labels/hippocampus_281.nii.gz", folder.root / "labelsTr/hippocampus_001.nii.gz"
+    )
+    names = [f"hippocampus_{number}.nii.gz" for number in ("001", "010", "011", "118")]
+    folder.description["training"] = [
+        {"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"} for name in names
+    ]
+    folder.description["numTraining"] = 4
+    findings = check_data_folder(folder.write())
+    texts = [str(error) for error in findings.errors]
+    assert len(texts) == 3
+    assert "training[1].image is ./imagesTr/hippocampus_010.nii.gz, missing" in texts[0]
+    assert "training[3].label is ./labelsTr/hippocampus_118.nii.gz, missing" in texts[1]
+    assert "labelsTr/hippocampus_001.nii.gz: shape is (512, 512, 94), must be (" in texts[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """The project's collection of bad inputs, when its script lies beside the repository."""
+    return tmp_path_factory.mktemp("bad") / "inputs"
+
+
+def outcome(case: dict, root) -> tuple[str, str]:
+    """`reject`, `warn` or `handle`, and the messages."""
+    files = [root / file for file in case["files"]]
+    if case["kind"] == "dataset":
+        findings = check_data_folder(files[0].parent)
+        errors, odd = list(findings.errors), list(findings.warnings)
+    else:
+        errors = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", InputWarning)
+            try:
+                volume = read_image(files[:1], num_modalities=1)
+                normalized = normalize(volume.voxels, files[0]).values()
+                assert np.isfinite(normalized).all()
+                for label in files[1:]:
+                    read_label(label, max_label=2, like=volume.geometry, image=files[0])
+            except InputError as error:
+                errors.append(error)
+        odd = [str(item.message) for item in caught]
+    text = "\n".join([*map(str, errors), *odd])
+    return ("reject" if errors else "warn" if odd else "handle"), text
+
+
+def test_bad_inputs(corpus, shared_data):
+    script = shared_data.parent / "scripts" / "make_bad_inputs.py"
+    subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    wrong = []
+    for case in manifest["cases"]:
+        found, text = outcome(case, corpus)
+        words = list(case["mention"])
+        if found != "handle":
+            words.append(str(corpus / case["files"][-1]))
+        missing = [word for word in words if word not in text]
+        if found != case["expect"] or missing:
+            wrong.append((case["name"], case["expect"], found, missing, text))
+    assert not wrong
+    assert len(manifest["cases"]) >= 100

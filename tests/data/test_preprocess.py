@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tfmtseg.data.preprocess import STEP, background_value, normalize
+from tfmtseg.errors import InputWarning
+
+SHAPE = (20, 22, 24)
+
+
+def body(background: float, mean: float = 50, std: float = 8, seed: int = 0) -> np.ndarray:
+    """A block of noise inside a constant surround."""
+    result = np.full(SHAPE, background, np.float32)
+    result[4:16, 4:18, 4:20] = np.random.default_rng(seed).normal(mean, std, (12, 14, 16))
+    return result
+
+
+def tight(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(500, 90, SHAPE).astype(np.float32)
+
+
+class TestBackground:
+    @pytest.mark.parametrize("value", [0.0, -3.6, 1000.0])
+    def test_constant_surround(self, value):
+        assert background_value(body(value)) == np.float32(value)
+
+    def test_tight_crop(self):
+        assert background_value(tight()) is None
+
+    def test_half_of_the_faces_is_not_enough(self):
+        faces = np.zeros((3, 3, 3), np.float32)
+        faces.flat = np.arange(27)
+        assert background_value(faces) is None
+
+
+class TestNormalize:
+    def test_z_score_of_the_foreground(self):
+        image = np.stack([body(-3.6, 50, 8, 1), body(0, -7, 0.1, 2)], axis=-1)
+        result = normalize(image)
+        for i, background in enumerate((np.float32(-3.6), 0)):
+            foreground = image[..., i] != background
+            values = image[..., i][foreground].astype(np.float64)
+            kept = np.clip(values, *np.percentile(values, [0.5, 99.5]))
+            expected = (values - kept.mean()) / kept.std()
+            # rounding to the step, and float32 of values around 10
+            np.testing.assert_allclose(
+                result.values()[..., i][foreground], expected, rtol=0, atol=STEP / 2 + 1e-5
+            )
+        assert result.voxels.dtype == np.int16
+        assert result.constant == ()
+
+    def test_background_is_what_its_voxels_have(self):
+        image = np.stack([body(-3.6), tight()], axis=-1)
+        result = normalize(image)
+        assert np.all(result.values()[0, 0, 0, 0] == result.background[0])
+        assert result.background[1] == result.values()[..., 1].min()
+
+    def test_units_do_not_matter(self):
+        image = body(0)[..., None]
+        np.testing.assert_allclose(
+            normalize(image * 1e6).values(), normalize(image).values(), rtol=0, atol=STEP
+        )
+
+    def test_outliers_are_cut_and_do_not_move_the_rest(self):
+        image = body(0)[..., None]
+        spoilt = image.copy()
+        spoilt[8, 8, 8] = 1e7
+        clean, result = normalize(image).values(), normalize(spoilt).values()
+        np.testing.assert_allclose(result[8, 8, 8], 10, rtol=1e-6)
+        result[8, 8, 8] = clean[8, 8, 8]
+        # one of 2,688 voxels moves a winsorised mean by about 2.6 / 2,688
+        np.testing.assert_allclose(result, clean, rtol=0, atol=0.02)
+
+    def test_zero_counts_as_background_of_a_tight_crop(self):
+        image = tight()
+        image[:10] = 0  # less than half of the faces
+        image[:10, 2:] = tight(1)[:10, 2:]
+        values = normalize(image[..., None]).values()[..., 0]
+        assert abs(values[image != 0].mean()) < 0.01
+
+    @pytest.mark.parametrize("value", [0, 7, -1e30, 1e30])
+    def test_constant_channel(self, value):
+        image = np.stack([np.full(SHAPE, value), body(0)], axis=-1).astype(np.float32)
+        with pytest.warns(InputWarning, match=r"a/b\.nii: channel 0 is constant"):
+            result = normalize(image, "a/b.nii")
+        assert result.constant == (0,)
+        assert not result.voxels[..., 0].any()
+        assert result.voxels[..., 1].any()
+
+    def test_rounding_noise_is_constant(self):
+        image = np.full((*SHAPE, 1), 1000, np.float32)
+        image[3:9] = np.nextafter(np.float32(1000), np.float32(2000))
+        with pytest.warns(InputWarning, match="constant"):
+            assert not normalize(image).voxels.any()
+
+    def test_a_mask_as_image_is_not_constant(self):
+        image = np.zeros((*SHAPE, 1), np.float32)
+        image[5:15, 5:15, 5:15] = 1
+        assert len(np.unique(normalize(image).voxels)) == 2
+
+    def test_huge_values(self):
+        values = normalize((body(0) * np.float32(1e36))[..., None]).values()
+        assert np.isfinite(values).all()
+        assert values.std() > 0.1

@@ -1,0 +1,241 @@
+"""Prediction and evaluation on cases whose truth is known, with a threshold as the network."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.preprocess import Normalized
+from tfmtseg.data.splits import Splits
+from tfmtseg.errors import InputError, InputErrors
+from tfmtseg.inference import evaluate as evaluate_module
+from tfmtseg.inference import predict as predict_module
+from tfmtseg.inference.evaluate import compare, evaluate
+from tfmtseg.inference.predict import predict_folder
+from tfmtseg.regions import Regions
+
+SHAPE = (10, 9, 8)
+# Left-posterior axes, as scanners store them: voxel [0, 0, 0] lies right and anterior.
+LPS = np.array([[-2.0, 0, 0, 30], [0, -1, 0, 40], [0, 0, 3, -5], [0, 0, 0, 1]])
+
+
+def block(first: int, last: int) -> np.ndarray:
+    result = np.zeros(SHAPE, np.uint8)
+    result[first:last, 3:6, 2:6] = 1
+    return result
+
+
+def write_case(root: Path, name: str, bright: np.ndarray, label: np.ndarray) -> None:
+    """An image that is bright where `bright` is 1, and its label."""
+    noise = np.random.default_rng(0).normal(0, 1, SHAPE)
+    image = (100 * bright.astype(float) + 10 + noise).astype(np.float32)
+    for folder, array in (("imagesTr", image), ("labelsTr", label)):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(array, LPS), root / folder / f"{name}.nii.gz")
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    root = tmp_path / "data"
+    write_case(root, "train", block(3, 7), block(3, 7))
+    write_case(root, "exact", block(2, 6), block(2, 6))
+    write_case(root, "half", block(2, 4), block(2, 6))  # half of the truth is seen
+    names = ["train", "exact", "half"]
+    content = {
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "blob"},
+        "training": [
+            {"image": f"imagesTr/{name}.nii.gz", "label": f"labelsTr/{name}.nii.gz"}
+            for name in names
+        ],
+        "test": [],
+    }
+    (root / "dataset.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def make_run(data, tmp_path, monkeypatch):
+    """Makes finished runs, whose network calls every normalised value above 1 a blob."""
+
+    def threshold(batch: np.ndarray) -> np.ndarray:
+        assert batch.shape[1:] == (8, 8, 8, 1)
+        return np.concatenate([np.zeros_like(batch), batch - 1], axis=-1)
+
+    def load(model_dir: str | Path) -> SimpleNamespace:
+        folder = read_data_folder(data)
+        return SimpleNamespace(
+            directory=Path(model_dir),
+            config=SimpleNamespace(method="encdec", window=(8, 8, 8), overlap=0.5),
+            folder=folder,
+            regions=folder.regions,
+            splits=Splits(("train",), (), (), ("exact", "half")),
+            predict_logits=threshold,
+        )
+
+    def make(name: str = "model") -> Path:
+        directory = tmp_path / name
+        directory.mkdir()
+        result = {"method": "encdec", "num_labeled": 1, "history_file": "history.csv"}
+        (directory / "result.json").write_text(json.dumps(result))
+        (directory / "history.csv").write_text(
+            "step,loss,seg_loss,dice_blob,val_dice_blob\n1,2.0,1.0,0.1,\n2,1.0,0.5,0.2,0.3\n"
+        )
+        return directory
+
+    monkeypatch.setattr(evaluate_module, "load_run", load)
+    monkeypatch.setattr(predict_module, "load_run", load)
+    return make
+
+
+def test_scores(make_run):
+    """The blob is 4 voxels of 2 mm long; the second case's prediction is its first half."""
+    directory = make_run()
+    summary = evaluate(directory)
+    assert summary["num_cases"] == 2
+    assert summary["mean_dice"] == pytest.approx((1 + 2 / 3) / 2)
+    assert summary["columns"]["dice_blob"]["median"] == pytest.approx((1 + 2 / 3) / 2)
+    with (directory / "evaluation/test/metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == ["exact", "half"]
+    assert list(rows[0]) == [
+        "case", "dice_blob", "dice_mean", "hd95_mm_blob", "empty_prediction_blob",
+        "empty_truth_blob",
+    ]  # fmt: skip
+    assert [float(row["dice_blob"]) for row in rows] == pytest.approx([1, 2 / 3])
+    # The far face of the truth is 2 voxels of 2 mm away, and more than 5 % of its surface.
+    assert [float(row["hd95_mm_blob"]) for row in rows] == pytest.approx([0, 4])
+    assert [row["empty_prediction_blob"] for row in rows] == ["0", "0"]
+
+
+def test_shape_prior(make_run):
+    """The one labelled blob lies one voxel beside both truths: 3 of 4 slices overlap."""
+    summary = evaluate(make_run())
+    assert summary["shape_prior"]["mean_dice"] == pytest.approx(0.75)
+
+
+def test_summary_on_the_disk(make_run):
+    directory = make_run()
+    summary = evaluate(directory)
+    assert json.loads((directory / "evaluation/test/summary.json").read_text()) == summary
+    assert summary["split"] == "test"
+    assert summary["data"] == "data"
+    assert set(summary["versions"]) >= {"tensorflow", "keras"}
+    assert summary["empty_prediction"] == {"blob": 0}
+
+
+def test_label_maps_lie_where_their_images_lie(make_run):
+    directory = make_run()
+    evaluate(directory)
+    written = nib.load(directory / "evaluation/test/predictions/half.nii.gz")
+    np.testing.assert_array_equal(written.affine, LPS)
+    np.testing.assert_array_equal(np.asarray(written.dataobj), block(2, 4))
+    assert written.get_data_dtype() == np.uint8
+
+
+def test_report(make_run):
+    directory = make_run()
+    evaluate(directory)
+    page = (directory / "evaluation/test/report.html").read_text()
+    assert "0.833" in page
+    assert "half" in page
+    assert "Dice score on development cases" in page
+
+
+def test_compare(make_run, tmp_path):
+    """Two runs of one method go by their folders."""
+    directories = [make_run("first"), make_run("second")]
+    for directory in directories:
+        evaluate(directory)
+    compare(directories, tmp_path / "both.html")
+    page = (tmp_path / "both.html").read_text()
+    assert f"{directories[0]} vs. {directories[1]}" in page
+
+
+def test_compare_before_evaluation(make_run, tmp_path):
+    with pytest.raises(InputError, match="evaluate the model first"):
+        compare([make_run()], tmp_path / "report.html")
+
+
+def test_a_split_without_cases_is_refused(make_run):
+    with pytest.raises(InputError, match="split 'development' is empty"):
+        evaluate(make_run(), "development")
+
+
+def test_bad_headers_are_listed_before_the_first_prediction(make_run, data):
+    directory = make_run()
+    for name in ("imagesTr/exact.nii.gz", "labelsTr/half.nii.gz"):
+        (data / name).write_bytes(b"")
+    with pytest.raises(InputErrors, match="2 problems") as caught:
+        evaluate(directory)
+    assert "exact.nii.gz" in str(caught.value)
+    assert "half.nii.gz" in str(caught.value)
+    assert not (directory / "evaluation").exists()
+
+
+def test_missing_cases_are_listed(make_run, data):
+    description = json.loads((data / "dataset.json").read_text())
+    description["training"] = description["training"][:1]
+    (data / "dataset.json").write_text(json.dumps(description))
+    with pytest.raises(InputErrors, match="2 problems"):
+        evaluate(make_run())
+
+
+def test_small_volumes_are_padded_with_their_background():
+    seen = []
+
+    def remember(batch: np.ndarray) -> np.ndarray:
+        seen.append(batch)
+        return np.concatenate([batch, -batch], axis=-1)
+
+    run = SimpleNamespace(
+        config=SimpleNamespace(window=(4, 4, 4), overlap=0.5),
+        regions=Regions.exclusive(["blob"]),
+        predict_logits=remember,
+    )
+    volume = Normalized(
+        np.full((2, 4, 4, 1), -3, np.int16),
+        scale=np.ones(1, np.float32),
+        offset=np.zeros(1, np.float32),
+        background=np.array([5.0], np.float32),
+    )
+    label_map = predict_module.predict_volume(run, volume)
+    np.testing.assert_array_equal(label_map, np.ones((2, 4, 4)))
+    assert seen[0][0, :, 0, 0, 0].tolist() == [5, -3, -3, 5]
+
+
+def test_predict_plain_folder(make_run, data, tmp_path):
+    written = predict_folder(make_run(), data / "imagesTr", tmp_path / "out")
+    assert [path.name for path in written] == ["exact.nii.gz", "half.nii.gz", "train.nii.gz"]
+    image = nib.load(tmp_path / "out/half.nii.gz")
+    np.testing.assert_array_equal(image.affine, LPS)
+    np.testing.assert_array_equal(np.asarray(image.dataobj), block(2, 4))
+
+
+def test_predict_data_folder_reads_no_label(make_run, data, tmp_path):
+    for path in (data / "labelsTr").iterdir():
+        path.write_bytes(b"not read")
+    assert len(predict_folder(make_run(), data, tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("inside", [".", "imagesTr", "new/folder"])
+def test_predict_never_writes_among_the_images(make_run, data, inside):
+    before = {path: path.stat().st_mtime_ns for path in data.rglob("*")}
+    with pytest.raises(InputError, match="output folder"):
+        predict_folder(make_run(), data, data / inside)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
+
+
+def test_predict_lists_bad_headers_before_the_first_prediction(make_run, data, tmp_path):
+    for name in ("half", "train"):
+        (data / f"imagesTr/{name}.nii.gz").write_bytes(b"")
+    with pytest.raises(InputErrors, match="2 problems"):
+        predict_folder(make_run(), data / "imagesTr", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

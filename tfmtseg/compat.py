@@ -1,0 +1,72 @@
+"""The one place that knows which Keras and TensorFlow run.
+
+Two generations are served from one source: Keras 3 on the newest TensorFlow, and
+Keras 2.15 on TensorFlow 2.15 (for TensorFlow Addons). Everything else is written in
+Keras 3 style with `tf.*` inside `call`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# TensorFlow leaves oneDNN off on processors without AVX-512 VNNI; 3D convolutions
+# are about ten times slower without it.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+import keras  # after the lines above: TensorFlow reads its environment once
+import tensorflow as tf
+
+KERAS_3 = int(keras.__version__.split(".")[0]) >= 3
+
+if KERAS_3 and keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"KERAS_BACKEND: value is {keras.backend.backend()}, must be tensorflow. "
+        "Fix: unset KERAS_BACKEND or set it to tensorflow before Python starts."
+    )
+
+register = keras.saving.register_keras_serializable(package="tfmtseg")
+
+
+def versions() -> dict[str, str]:
+    """The versions of TensorFlow and Keras, for reports."""
+    return {"tensorflow": tf.__version__, "keras": keras.__version__}
+
+
+def float32_weight(layer: keras.layers.Layer, **kwargs: Any) -> Any:
+    """Adds a trainable weight that stays float32 under mixed precision.
+
+    Args:
+        layer: The layer that gets the weight.
+        **kwargs: As for `Layer.add_weight`, by keyword.
+    """
+    autocast = {"autocast": False} if KERAS_3 else {"experimental_autocast": False}
+    return layer.add_weight(dtype="float32", **autocast, **kwargs)
+
+
+def scale_loss(optimizer: keras.optimizers.Optimizer, loss: tf.Tensor) -> tf.Tensor:
+    """The loss to differentiate: larger under float16 loss scaling, else unchanged."""
+    if KERAS_3:
+        return optimizer.scale_loss(loss)
+    if hasattr(optimizer, "get_scaled_loss"):
+        return optimizer.get_scaled_loss(loss)
+    return loss
+
+
+def apply_gradients(
+    optimizer: keras.optimizers.Optimizer,
+    gradients: Sequence[tf.Tensor | None],
+    variables: Iterable[Any],
+) -> None:
+    """Updates `variables` with the gradients of a loss made by `scale_loss`."""
+    if not KERAS_3 and hasattr(optimizer, "get_unscaled_gradients"):
+        gradients = optimizer.get_unscaled_gradients(gradients)
+    optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+
+def iterations(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
+    """Updates made so far, `int32`, of shape ()."""
+    return tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.int32)

@@ -1,0 +1,226 @@
+"""3D augmentation of patches, in TensorFlow and without any state.
+
+Every draw depends on a seed alone, so a patch can be made again exactly. Spatial
+changes (rotation, scale, elastic deformation, flips) are one map from the patch's
+voxels to places in the volume, so the volume is interpolated once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfmtseg.ops.interpolation import interpolation_matrix
+
+ELASTIC_SPACING = 8  # voxels between the control points of the elastic deformation
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly patches are changed. Zeros (and a `scale` of 1) change nothing.
+
+    Args:
+        rotation_degrees: Largest rotation about each axis.
+        scale: Largest factor of zoom in and out, 1 or more.
+        elastic_voxels: Standard deviation of the elastic displacement at control
+            points 8 voxels apart.
+        elastic_probability: Fraction of patches deformed elastically.
+        flips: Whether x, y, z may be mirrored. Only where anatomy allows it.
+        gamma: Largest factor in the exponent of the intensity curve, 1 or more.
+        gain: Largest relative change of the contrast.
+        shift: Largest shift of intensity, in standard deviations of the volume.
+        noise: Largest standard deviation of Gaussian noise, likewise.
+        blur_voxels: Largest standard deviation of Gaussian blur.
+        blur_probability: Fraction of patches blurred.
+    """
+
+    rotation_degrees: float = 15.0
+    scale: float = 1.15
+    elastic_voxels: float = 0.7
+    elastic_probability: float = 0.3
+    flips: tuple[bool, bool, bool] = (True, True, True)
+    gamma: float = 1.5
+    gain: float = 0.1
+    shift: float = 0.1
+    noise: float = 0.1
+    blur_voxels: float = 0.8
+    blur_probability: float = 0.2
+
+
+NO_AUGMENTATION = Augmentation(
+    rotation_degrees=0.0,
+    scale=1.0,
+    elastic_voxels=0.0,
+    elastic_probability=0.0,
+    flips=(False, False, False),
+    gamma=1.0,
+    gain=0.0,
+    shift=0.0,
+    noise=0.0,
+    blur_voxels=0.0,
+    blur_probability=0.0,
+)
+
+
+def _seeds(seed: tf.Tensor, count: int) -> list[tf.Tensor]:
+    return tf.unstack(tf.random.experimental.stateless_split(seed, count))
+
+
+def _uniform(seed: tf.Tensor, shape: Sequence[int], limit: float | tf.Tensor) -> tf.Tensor:
+    """Uniform in [-limit, limit)."""
+    return tf.random.stateless_uniform(shape, seed, -1.0, 1.0) * limit
+
+
+def _rotation(angles: tf.Tensor) -> tf.Tensor:
+    """The rotation about x, then y, then z; angles in radians, `(3,)`."""
+    c, s = tf.unstack(tf.cos(angles)), tf.unstack(tf.sin(angles))
+    one, zero = tf.ones(()), tf.zeros(())
+    x = tf.stack([[one, zero, zero], [zero, c[0], -s[0]], [zero, s[0], c[0]]])
+    y = tf.stack([[c[1], zero, s[1]], [zero, one, zero], [-s[1], zero, c[1]]])
+    z = tf.stack([[c[2], -s[2], zero], [s[2], c[2], zero], [zero, zero, one]])
+    return z @ y @ x
+
+
+def draw_displacements(
+    augmentation: Augmentation,
+    crop: Sequence[int],
+    spacing_mm: tf.Tensor,
+    seed: tf.Tensor,
+) -> tf.Tensor:
+    """Where, relative to a patch's centre, each of its voxels takes its value from.
+
+    Rotations turn the patch in millimetres, so that thick slices stay what they are.
+
+    Args:
+        augmentation: Strengths.
+        crop: Size of the patch in voxels, `(3,)`.
+        spacing_mm: Size of a voxel along x, y, z, `(3,)`.
+        seed: Two integers.
+
+    Returns:
+        Float32, `(x, y, z, 3)`, in voxels.
+    """
+    seeds = _seeds(seed, 5)
+    radians = augmentation.rotation_degrees * (3.141592653589793 / 180.0)
+    rotation = _rotation(_uniform(seeds[0], (3,), radians))
+    matrix = rotation * spacing_mm[None, :] / spacing_mm[:, None]
+    matrix *= tf.exp(_uniform(seeds[1], (), tf.math.log(augmentation.scale)))
+    mirrored = (tf.random.stateless_uniform((3,), seeds[2]) < 0.5) & tf.constant(augmentation.flips)
+    matrix *= tf.where(mirrored, -1.0, 1.0)[None, :]
+    axes = [tf.range(size, dtype=tf.float32) - (size - 1) / 2.0 for size in crop]
+    grid = tf.stack(tf.meshgrid(*axes, indexing="ij"), -1)
+    places = tf.einsum("xyzj,ij->xyzi", grid, matrix)
+    if augmentation.elastic_probability == 0:
+        return places
+
+    def deformed() -> tf.Tensor:
+        controls = [-(-size // ELASTIC_SPACING) + 1 for size in crop]
+        field = tf.random.stateless_normal((*controls, 3), seeds[3])
+        for axis, (size, count) in enumerate(zip(crop, controls, strict=True)):
+            weights = interpolation_matrix(count, ELASTIC_SPACING)[:size]
+            field = tf.tensordot(weights, field, [[1], [axis]])  # the axis comes first
+            field = tf.transpose(field, [*range(1, axis + 1), 0, *range(axis + 1, 4)])
+        return places + augmentation.elastic_voxels * field
+
+    chosen = tf.random.stateless_uniform((), seeds[4]) < augmentation.elastic_probability
+    return tf.cond(chosen, deformed, lambda: places)
+
+
+def interpolate(volume: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+    """Trilinear interpolation.
+
+    Args:
+        volume: Float32, `(x, y, z, channels)`.
+        places: Float32, `(..., 3)`, in voxels; kept inside the volume.
+
+    Returns:
+        Float32, `(..., channels)`.
+    """
+    size = tf.shape(volume)[:3]
+    flat = tf.reshape(volume, (-1, volume.shape[-1]))
+    places = tf.clip_by_value(places, 0.0, tf.cast(size - 1, tf.float32))
+    low = tf.minimum(tf.cast(places, tf.int32), tf.maximum(size - 2, 0))
+    high = tf.minimum(low + 1, size - 1)
+    fraction = places - tf.cast(low, tf.float32)
+    strides = tf.stack([size[1] * size[2], size[2], 1])
+    corners = tf.stack([low * strides, high * strides])
+    weights = tf.stack([1.0 - fraction, fraction])
+    result = tf.zeros((), volume.dtype)
+    for corner in ((i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)):
+        index = tf.add_n([corners[side, ..., axis] for axis, side in enumerate(corner)])
+        weight = tf.ones(())
+        for axis, side in enumerate(corner):
+            weight *= weights[side, ..., axis]
+        result += weight[..., None] * tf.gather(flat, index)
+    return result
+
+
+def nearest(volume: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
+    """Nearest-neighbour look-up, for label maps.
+
+    Args:
+        volume: Any type, `(x, y, z)`.
+        places: Float32, `(..., 3)`, in voxels; kept inside the volume.
+
+    Returns:
+        The type of `volume`, the shape of `places` without its last axis.
+    """
+    size = tf.shape(volume)
+    index = tf.clip_by_value(tf.cast(tf.round(places), tf.int32), 0, size - 1)
+    return tf.gather(
+        tf.reshape(volume, [-1]),
+        (index[..., 0] * size[1] + index[..., 1]) * size[2] + index[..., 2],
+    )
+
+
+def blur(patch: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
+    """Gaussian blur, one matrix product per axis; weights are renewed at the border.
+
+    Args:
+        patch: Float32, `(x, y, z, channels)`.
+        sigma: Standard deviation in voxels, a positive scalar.
+    """
+    for axis in range(3):
+        places = tf.range(patch.shape[axis], dtype=tf.float32)
+        weights = tf.exp(-0.5 * tf.square((places[:, None] - places[None, :]) / sigma))
+        weights /= tf.reduce_sum(weights, 1, keepdims=True)
+        patch = tf.tensordot(weights, patch, [[1], [axis]])
+        patch = tf.transpose(patch, [*range(1, axis + 1), 0, *range(axis + 1, 4)])
+    return patch
+
+
+def change_intensities(
+    patch: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor
+) -> tf.Tensor:
+    """Gamma, gain, shift, blur and noise, drawn for each channel.
+
+    Args:
+        patch: Normalised intensities, float32, `(x, y, z, channels)`.
+        augmentation: Strengths.
+        seed: Two integers.
+
+    Returns:
+        The same shape. Gamma keeps mean and standard deviation of the patch.
+    """
+    seeds = _seeds(seed, 7)
+    channels = patch.shape[-1]
+    if augmentation.gamma > 1:
+        low = tf.reduce_min(patch, (0, 1, 2))
+        width = tf.reduce_max(patch, (0, 1, 2)) - low + 1e-6
+        exponent = tf.exp(_uniform(seeds[0], (channels,), tf.math.log(augmentation.gamma)))
+        curved = tf.pow((patch - low) / width, exponent)
+        mean, variance = tf.nn.moments(patch, (0, 1, 2))
+        new_mean, new_variance = tf.nn.moments(curved, (0, 1, 2))
+        patch = (curved - new_mean) * tf.sqrt(variance / (new_variance + 1e-12)) + mean
+    patch *= 1.0 + _uniform(seeds[1], (channels,), augmentation.gain)
+    patch += _uniform(seeds[2], (channels,), augmentation.shift)
+    if augmentation.blur_probability > 0:
+        sigma = tf.random.stateless_uniform((), seeds[3], 0.3, max(augmentation.blur_voxels, 0.3))
+        chosen = tf.random.stateless_uniform((), seeds[4]) < augmentation.blur_probability
+        patch = tf.cond(chosen, lambda: blur(patch, sigma), lambda: patch)
+    if augmentation.noise > 0:
+        strength = tf.random.stateless_uniform((), seeds[5], 0.0, augmentation.noise)
+        patch += strength * tf.random.stateless_normal(tf.shape(patch), seeds[6])
+    return patch

@@ -1,0 +1,273 @@
+"""Preprocessed cases on the disk, ready to be cut into patches.
+
+A volume lies in the cache as uncompressed channels-last int16, so that a patch is
+read through a memory map without the rest of its volume. Image and label are
+separate entries: a case that is unlabelled in one run has an image entry only, and
+its label file is never opened.
+
+    CASE.image.npy                  int16 (x, y, z, channels), RAS+
+    CASE.image.json                 scale, offset, background, geometry
+    CASE.label.npy                  uint8 (x, y, z)
+    CASE.foreground.npy             int32 (k, 4): x, y, z, label value
+    CASE.label.json
+
+An entry's JSON file is written last. It names the source files with size and time
+and the checksums of the arrays; an entry that does not match it is built anew.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tfmtseg.data import preprocess
+from tfmtseg.data.cases import Case
+from tfmtseg.data.nifti import Geometry, read_image, read_label
+from tfmtseg.errors import InputError, InputErrors
+from tfmtseg.files import atomic_path, write_json
+
+FOREGROUND_VOXELS = 1000  # per label value
+
+
+@dataclass(frozen=True)
+class Record:
+    """A case in the cache.
+
+    The arrays are opened on access, because a memory map holds a file handle and
+    there may be more cases than a process may have handles.
+
+    Args:
+        name: The case's name.
+        directory: The cache's folder.
+        labelled: Whether the label may be used.
+        scale: float32 `(channels,)`.
+        offset: float32 `(channels,)`; `image * scale + offset` is the normalised
+            volume.
+        background: float32 `(channels,)`, the normalised value to pad with.
+        geometry: Of the case's file.
+    """
+
+    name: str
+    directory: Path
+    labelled: bool
+    scale: np.ndarray
+    offset: np.ndarray
+    background: np.ndarray
+    geometry: Geometry
+
+    @property
+    def image(self) -> np.ndarray:
+        """int16 `(x, y, z, channels)`, memory-mapped."""
+        return np.load(self._path("image.npy"), mmap_mode="r", allow_pickle=False)
+
+    @property
+    def label(self) -> np.ndarray | None:
+        """uint8 `(x, y, z)`, memory-mapped; `None` for an unlabelled case."""
+        if not self.labelled:
+            return None
+        return np.load(self._path("label.npy"), mmap_mode="r", allow_pickle=False)
+
+    @property
+    def foreground(self) -> np.ndarray | None:
+        """int32 `(k, 4)`: x, y, z and value of up to 1,000 voxels per label value."""
+        if not self.labelled:
+            return None
+        return np.load(self._path("foreground.npy"), allow_pickle=False)
+
+    def _path(self, ending: str) -> Path:
+        return self.directory / f"{self.name}.{ending}"
+
+
+def build_cache(
+    cases: Sequence[Case], directory: Path, *, num_modalities: int, max_label: int
+) -> list[Record]:
+    """Brings the cache of `cases` up to date.
+
+    Entries that still match their source files are kept. A case without label gets
+    no label, even if an earlier run left one in the folder.
+
+    Args:
+        cases: With their labels only where these may be used.
+        directory: The cache's folder; created when missing.
+        num_modalities: Channels that every image must have.
+        max_label: The highest label value that may occur.
+
+    Returns:
+        One record per case, in order.
+
+    Raises:
+        InputErrors: With the problems of all cases, after all were tried.
+    """
+    records: list[Record] = []
+    errors: list[InputError] = []
+    for case in tqdm(cases, desc="Preparing cases", unit="case"):
+        try:
+            records.append(_refresh(case, directory, num_modalities, max_label))
+        except InputError as error:
+            errors.append(error)
+    if errors:
+        raise InputErrors(errors)
+    size = sum(path.stat().st_size for record in records for path in _files(record))
+    print(f"Cache: {len(records)} cases, {size / 2**20:.1f} MiB in {directory}")
+    return records
+
+
+def _files(record: Record) -> list[Path]:
+    endings = ["image.npy"] + ["label.npy", "foreground.npy"] * record.labelled
+    return [record._path(ending) for ending in endings]
+
+
+def _refresh(case: Case, directory: Path, num_modalities: int, max_label: int) -> Record:
+    """The record of a case, its entries rebuilt where they are missing or stale."""
+    entry = _entry(
+        directory / f"{case.name}.image.json",
+        {"preprocessing": preprocess.VERSION, "modalities": num_modalities},
+        case.images,
+        lambda: _build_image(case, directory, num_modalities),
+    )
+    geometry = Geometry.from_config(entry["geometry"])
+    label = case.label
+    if label is not None:
+        _entry(
+            directory / f"{case.name}.label.json",
+            {"max_label": max_label, "geometry": entry["geometry"]},
+            (label,),
+            lambda: _build_label(case, label, directory, geometry, max_label),
+        )
+    return Record(
+        name=case.name,
+        directory=directory,
+        labelled=label is not None,
+        scale=np.array(entry["scale"], np.float32),
+        offset=np.array(entry["offset"], np.float32),
+        background=np.array(entry["background"], np.float32),
+        geometry=geometry,
+    )
+
+
+def _entry(
+    path: Path,
+    settings: Mapping[str, Any],
+    sources: Sequence[Path],
+    build: Callable[[], dict[str, Any]],
+) -> dict[str, Any]:
+    """The JSON content of an entry: the one on the disk if it holds, else a new one.
+
+    Args:
+        path: The entry's JSON file.
+        settings: What else the content depends on.
+        sources: The files that it is made from.
+        build: Writes the arrays; returns what to remember, with `files`.
+    """
+    origin = {"settings": dict(settings), "sources": _signatures(sources)}
+    stored = _read_entry(path)
+    if stored is not None and stored["origin"] == origin and _is_intact(path.parent, stored):
+        return stored
+    entry = {"origin": origin, **build()}
+    write_json(path, {"checksum": _entry_checksum(entry), "entry": entry})
+    return entry
+
+
+def _signatures(sources: Sequence[Path]) -> list[list[Any]]:
+    """What changes when a source file does."""
+    result = []
+    for path in sources:
+        try:
+            status = path.stat()
+            result.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+        except OSError:
+            result.append([str(path), "unreadable"])  # building the entry says why
+    return result
+
+
+def _read_entry(path: Path) -> dict[str, Any] | None:
+    """An entry as it was written; `None` if it is missing or damaged."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        entry = stored["entry"]
+        return entry if stored["checksum"] == _entry_checksum(entry) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _entry_checksum(entry: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
+
+
+def _is_intact(directory: Path, entry: Mapping[str, Any]) -> bool:
+    try:
+        return all(
+            _checksum(directory / name) == expected for name, expected in entry["files"].items()
+        )
+    except OSError:
+        return False
+
+
+def _checksum(path: Path) -> int:
+    result = 0
+    with path.open("rb") as file:
+        while part := file.read(2**22):
+            result = zlib.crc32(part, result)
+    return result
+
+
+def _save(path: Path, array: np.ndarray) -> dict[str, int]:
+    """Writes an array; returns its file's name and checksum."""
+    with atomic_path(path) as temporary:
+        np.save(temporary, array, allow_pickle=False)
+        checksum = _checksum(temporary)
+    return {path.name: checksum}
+
+
+def _build_image(case: Case, directory: Path, num_modalities: int) -> dict[str, Any]:
+    volume = read_image(case.images, num_modalities=num_modalities)
+    normalized = preprocess.normalize(volume.voxels, case.images[0])
+    return {
+        "files": _save(directory / f"{case.name}.image.npy", normalized.voxels),
+        "scale": normalized.scale.tolist(),
+        "offset": normalized.offset.tolist(),
+        "background": normalized.background.tolist(),
+        "geometry": volume.geometry.get_config(),
+        "spacing_mm": volume.geometry.spacing_mm,
+    }
+
+
+def _build_label(
+    case: Case, path: Path, directory: Path, geometry: Geometry, max_label: int
+) -> dict[str, Any]:
+    label = read_label(path, max_label=max_label, like=geometry, image=case.images[0])
+    foreground = foreground_voxels(label, seed=zlib.crc32(case.name.encode()))
+    return {
+        "files": {
+            **_save(directory / f"{case.name}.label.npy", label),
+            **_save(directory / f"{case.name}.foreground.npy", foreground),
+        }
+    }
+
+
+def foreground_voxels(label_map: np.ndarray, seed: int) -> np.ndarray:
+    """Draws voxels around which a patch shows foreground.
+
+    Args:
+        label_map: Integers `(x, y, z)`.
+        seed: Of the draw.
+
+    Returns:
+        int32 `(k, 4)`: x, y, z and label value of up to 1,000 voxels per value above
+        0, by value.
+    """
+    random = np.random.default_rng(seed)
+    rows = []
+    for value in np.unique(label_map[label_map > 0]):
+        places = np.argwhere(label_map == value)
+        count = min(len(places), FOREGROUND_VOXELS)
+        chosen = places[np.sort(random.choice(len(places), count, replace=False))]
+        rows.append(np.column_stack([chosen, np.full(count, value)]))
+    return np.concatenate([*rows, np.empty((0, 4))]).astype(np.int32)

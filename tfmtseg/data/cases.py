@@ -1,0 +1,544 @@
+"""Data folders to cases: which files belong together, and what their labels mean.
+
+Three layouts are told apart by what lies in the folder:
+
+* Medical Segmentation Decathlon: a `dataset.json` with `modality` and `training`;
+* nnU-Net: a `dataset.json` with `channel_names`, and `imagesTr/CASE_0000.nii.gz`;
+* plain: NIfTI images and no `dataset.json`; none has a label.
+
+Only names and `dataset.json` are looked at here; no image is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tfmtseg.data.nifti import SUFFIXES
+from tfmtseg.errors import InputError, InputErrors, InputWarning
+from tfmtseg.files import write_text
+from tfmtseg.regions import Regions
+
+_MODALITY_FILE = re.compile(r"(.+)_(\d{4})")  # nnU-Net's CASE_0000, without the suffix
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image and, if there is one, its label map.
+
+    Args:
+        name: The image's file name without suffix (and without nnU-Net's `_0000`).
+        images: One 3-D or 4-D file, or one 3-D file per modality.
+        label: The label map's file.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+    def without_label(self) -> Case:
+        """This case with its label left out, so that nobody can open it."""
+        return replace(self, label=None)
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """What a data folder holds.
+
+    Args:
+        root: The folder.
+        name: What its `dataset.json` calls the data; empty without one.
+        modalities: Names of the channels, in order. Empty for a plain folder with
+            one file per case, which does not say them.
+        regions: What the label values mean; `None` for a plain folder.
+        cases: For training, with or without a label, sorted by name.
+        test_cases: Those listed for testing (without labels), sorted by name.
+    """
+
+    root: Path
+    name: str
+    modalities: tuple[str, ...]
+    regions: Regions | None
+    cases: tuple[Case, ...]
+    test_cases: tuple[Case, ...] = ()
+
+
+def read_data_folder(root: str | os.PathLike[str]) -> DataFolder:
+    """Reads the structure of a data folder.
+
+    Raises:
+        InputErrors: With everything that is wrong with the structure.
+
+    Warns:
+        InputWarning: If something is odd but clear enough to go on.
+    """
+    folder, errors = scan_data_folder(root)
+    if folder is None or errors:
+        raise InputErrors(errors)
+    return folder
+
+
+def scan_data_folder(
+    root: str | os.PathLike[str],
+) -> tuple[DataFolder | None, list[InputError]]:
+    """Like `read_data_folder`, but returns what is sound beside what is not.
+
+    Returns:
+        The folder with its sound cases (`None` if there is nothing to go on with)
+        and the problems.
+    """
+    root = Path(root)
+    try:
+        if not root.is_dir():
+            raise InputError(root, "data folder", "missing", "a folder", "correct the path")
+        description_file = root / "dataset.json"
+        if not description_file.exists():
+            return _scan_plain(root)
+        description = _Description(description_file, _read_json(description_file))
+    except InputError as error:
+        return None, [error]
+    except InputErrors as error:
+        return None, list(error.errors)
+    scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
+    folder = scan(root, description)
+    return folder, description.errors
+
+
+# --------------------------------------------------------------------- case lists
+
+
+def read_case_list(path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Reads a list with one case name per line, such as `BRATS_446`.
+
+    Blank lines and spaces around a name do not count.
+
+    Raises:
+        InputError: If the file cannot be read or names a case twice.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            path, "case list", f"unreadable ({error})", "a UTF-8 text file",
+            "give a file with one case name per line",
+        ) from None  # fmt: skip
+    names = tuple(line.strip() for line in text.splitlines() if line.strip())
+    twice = _repeated(names)
+    if twice:
+        raise InputError(
+            path, "case list", f"naming {', '.join(twice)} twice", "without repetition",
+            "remove the repeated lines",
+        )  # fmt: skip
+    return names
+
+
+def write_case_list(path: str | os.PathLike[str], names: Iterable[str]) -> None:
+    """Writes a list that `read_case_list` reads."""
+    write_text(path, "".join(f"{name}\n" for name in names))
+
+
+# ------------------------------------------------------------------- dataset.json
+
+
+@dataclass
+class _Description:
+    """The content of a `dataset.json`, and what was found wrong with it so far."""
+
+    file: Path
+    content: dict[str, Any]
+    errors: list[InputError] = field(default_factory=list)
+
+    def problem(self, field: str, value: object, rule: str, fix: str) -> None:
+        self.errors.append(InputError(self.file, field, value, rule, fix))
+
+    def entry(self, key: str, kind: type, form: str) -> Any:
+        """`content[key]`, or an empty one and a problem if it is not a `kind`."""
+        value = self.content.get(key)
+        if not isinstance(value, kind) or not value:
+            shown = "missing" if key not in self.content else _shown(value)
+            self.problem(f"'{key}'", shown, form, f"correct the entry '{key}'")
+            return kind()
+        return value
+
+    def warn(self, text: str) -> None:
+        warnings.warn(f"{self.file}: {text}.", InputWarning, stacklevel=3)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _repeated(names: Sequence[str]) -> list[str]:
+    return sorted(name for name, count in Counter(names).items() if count > 1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object without repeated keys; a byte order mark is skipped."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = _repeated([key for key, _ in pairs])
+        if twice:
+            raise InputError(
+                path, "JSON", f"holding {', '.join(twice)} twice", "an object with distinct keys",
+                "remove one of the two entries",
+            )  # fmt: skip
+        return dict(pairs)
+
+    fix = "correct the file, or restore it from where it came"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if not text.strip():
+            raise InputError(path, "file", "empty", "a JSON object", fix)
+        content = json.loads(text, object_pairs_hook=unique)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, "file", f"unreadable ({error})", "UTF-8 text", fix) from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise InputError(path, "JSON", f"bad at {where} ({error.msg})", "valid", fix) from None
+    except RecursionError:
+        raise InputError(path, "JSON", "nested too deep", "a flat object", fix) from None
+    if not isinstance(content, dict):
+        raise InputError(path, "JSON", f"a {type(content).__name__}", "an object", fix)
+    return content
+
+
+def _read_numbered(description: _Description, key: str) -> tuple[str, ...]:
+    """The values of `{"0": ..., "1": ...}` in the order of their numbers."""
+    names = description.entry(key, dict, 'an object like {"0": "MRI"}')
+    if set(names) != {str(i) for i in range(len(names))}:
+        description.problem(
+            f"'{key}'", list(names), "numbered 0, 1, ... without a gap", "renumber the entries"
+        )
+    return tuple(str(names[str(i)]) for i in range(len(names)) if str(i) in names)
+
+
+def _read_regions(description: _Description) -> Regions | None:
+    """Regions from `{"0": "background", "1": "a"}` or `{"background": 0, "a": 1}`.
+
+    Lists of values, `{"core": [2, 3]}`, are nested regions as of nnU-Net.
+    """
+    labels = description.entry("labels", dict, 'an object like {"0": "background", "1": "core"}')
+    if not labels:
+        return None
+    try:
+        values = _label_values(labels)
+        if any(len(members) > 1 for members in values.values()):
+            return _nested_regions(values)
+        numbers = [members[0] for members in values.values()]
+        if sorted(numbers) != list(range(len(labels))) or len(labels) < 2:
+            raise ValueError
+        by_number = {members[0]: name for name, members in values.items()}
+        return Regions.exclusive([by_number[number] for number in range(1, len(labels))])
+    except InputError as error:
+        description.problem("'labels'", _shown(labels), error.rule, error.fix)
+    except ValueError:
+        description.problem(
+            "'labels'", _shown(labels), "background 0 and labels 1, 2, ... without a gap",
+            "renumber the labels, in the files too",
+        )  # fmt: skip
+    return None
+
+
+def _label_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Label values by name, from either notation.
+
+    Raises:
+        ValueError: If a value is not a whole number.
+    """
+    if all(isinstance(name, str) for name in labels.values()):
+        if len(set(labels.values())) != len(labels):
+            raise ValueError("repeated name")
+        return {name: (int(value),) for value, name in labels.items()}
+    result = {}
+    for name, value in labels.items():
+        members = value if isinstance(value, list) and value else [value]
+        if not all(type(member) is int for member in members):
+            raise ValueError("not an integer")
+        result[name] = tuple(members)
+    return result
+
+
+def _nested_regions(values: Mapping[str, tuple[int, ...]]) -> Regions:
+    regions = {name: members for name, members in values.items() if members != (0,)}
+    names = sorted(regions, key=lambda name: -len(regions[name]))
+    return Regions(tuple(names), tuple(regions[name] for name in names), nested=True)
+
+
+# ---------------------------------------------------------- Decathlon (MSD) layout
+
+
+def _scan_decathlon(root: Path, description: _Description) -> DataFolder:
+    modalities = _read_numbered(description, "modality")
+    regions = _read_regions(description)
+    training = description.entry("training", list, "a list of cases with an image and a label")
+    test = description.content.get("test", [])
+    if not isinstance(test, list):
+        description.problem("'test'", _shown(test), "a list of images", "correct the entry 'test'")
+        test = []
+    if training:
+        _warn_about_count(description, "numTraining", training)
+    _warn_about_count(description, "numTest", test)
+    entries = [
+        (f"{key}[{i}]", _read_entry(root, description, f"{key}[{i}]", entry))
+        for key, listed in (("training", training), ("test", test))
+        for i, entry in enumerate(listed)
+    ]
+    cases = _unique_cases(description, [(where, case) for where, case in entries if case])
+    _warn_about_swapped_labels(description, cases.values())
+    return DataFolder(
+        root,
+        str(description.content.get("name", "")),
+        modalities,
+        regions,
+        _by_name(case for where, case in cases.items() if where.startswith("training")),
+        _by_name(case.without_label() for where, case in cases.items() if where.startswith("test")),
+    )
+
+
+def _by_name(cases: Iterable[Case]) -> tuple[Case, ...]:
+    return tuple(sorted(cases, key=lambda case: case.name))
+
+
+def _read_entry(root: Path, description: _Description, where: str, entry: Any) -> Case | None:
+    """One element of `training` or `test`: an object, or the image's path alone."""
+    if not isinstance(entry, dict):
+        entry = {"image": entry}
+    image = _listed_file(root, description, f"{where}.image", entry.get("image"))
+    label = None
+    if entry.get("label") is not None:
+        label = _listed_file(root, description, f"{where}.label", entry["label"])
+        if label is None:
+            return None
+    if image is None:
+        return None
+    if label is not None and label.resolve() == image.resolve():
+        description.problem(
+            where, entry["image"], "an image other than its label; both are the same file",
+            "list the right files",
+        )  # fmt: skip
+        return None
+    return Case(_stem(image), (image,), label)
+
+
+def _listed_file(root: Path, description: _Description, where: str, text: Any) -> Path | None:
+    """The file that `text` names below `root`; `None` and a problem if it is none."""
+    if not isinstance(text, str) or not text or "\0" in text:
+        description.problem(where, _shown(text), "the path of a file", "correct the path")
+        return None
+    path = root / text
+    if "://" in text or not _is_inside(path, root):
+        description.problem(
+            where,
+            text,
+            "a file in the data folder, not outside it",
+            "copy the file into the folder",
+        )
+        return None
+    try:
+        path.stat()  # follows links
+        if path.name.endswith(SUFFIXES):
+            return path
+        found = "no .nii.gz or .nii file"
+    except FileNotFoundError:
+        found = "missing"
+    except OSError as error:
+        found = f"no usable file or link ({error.strerror})"
+    description.problem(
+        where, f"{text}, {found}", "an existing NIfTI file",
+        "add the file, or remove the entry from the list",
+    )  # fmt: skip
+    return None
+
+
+def _is_inside(path: Path, root: Path) -> bool:
+    real = os.path.realpath(path)
+    return Path(real).is_relative_to(os.path.realpath(root))
+
+
+def _stem(path: Path) -> str:
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix)
+    return path.stem
+
+
+def _unique_cases(
+    description: _Description, entries: Sequence[tuple[str, Case]]
+) -> dict[str, Case]:
+    """Cases by their place in the file; a name that came before is a problem."""
+    seen: dict[str, str] = {}
+    result = {}
+    for where, case in entries:
+        if case.name in seen:
+            description.problem(
+                where, f"{case.name}, listed twice (also {seen[case.name]})",
+                "a case with a name of its own", "remove or rename one of the two",
+            )  # fmt: skip
+        else:
+            seen[case.name] = where
+            result[where] = case
+    return result
+
+
+def _warn_about_count(description: _Description, key: str, listed: Sequence[Any]) -> None:
+    declared = description.content.get(key, len(listed))
+    if declared != len(listed):
+        description.warn(
+            f"'{key}' is {_shown(declared)}, but {len(listed)} are listed; the list is used"
+        )
+
+
+def _warn_about_swapped_labels(description: _Description, cases: Iterable[Case]) -> None:
+    cases = tuple(cases)
+    names = {case.name for case in cases}
+    for case in cases:
+        if case.label and _stem(case.label) in names - {case.name}:
+            description.warn(
+                f"the label of {case.name} is {case.label.name}, which looks like that of "
+                "another case"
+            )
+
+
+# --------------------------------------------------------- nnU-Net and plain layout
+
+
+def _scan_nnunet(root: Path, description: _Description) -> DataFolder:
+    modalities = _read_numbered(description, "channel_names")
+    regions = _read_regions(description)
+    suffix = description.content.get("file_ending")
+    if suffix not in SUFFIXES:
+        description.problem(
+            "'file_ending'", _shown(suffix), "'.nii.gz' or '.nii'", "convert the files to NIfTI"
+        )
+        return DataFolder(root, "", modalities, regions, ())
+    images = _group_modalities(root, description, "imagesTr", suffix, len(modalities))
+    labels = _files_by_stem(root, description, "labelsTr", suffix)
+    for name in sorted(set(images) ^ set(labels)):
+        here, there = ("imagesTr", "labelsTr") if name in images else ("labelsTr", "imagesTr")
+        description.problem(
+            f"case {name}", f"in {here} only", f"in {there} too",
+            "add its partner, or take it out (images without labels go to a folder of their own)",
+        )  # fmt: skip
+    test = _group_modalities(root, description, "imagesTs", suffix, len(modalities))
+    for name in sorted(set(images) & set(test)):
+        description.problem(
+            f"case {name}", "in imagesTr and imagesTs", "in one of them", "remove or rename one"
+        )
+    cases = [Case(name, files, labels[name]) for name, files in images.items() if name in labels]
+    if not images:
+        description.problem("imagesTr", "without images", "a folder with images", "add images")
+    return DataFolder(
+        root,
+        str(description.content.get("name", "")),
+        modalities,
+        regions,
+        _by_name(cases),
+        _by_name(Case(name, files) for name, files in test.items()),
+    )
+
+
+def _files_by_stem(
+    root: Path, description: _Description, folder: str, suffix: str
+) -> dict[str, Path]:
+    """The NIfTI files of a folder that lie in the data folder, links followed."""
+    files = _list_images(root / folder, (suffix,))
+    description.errors.extend(_links_outside(root, files))
+    return {_stem(path): path for path in files if _is_inside(path, root)}
+
+
+def _links_outside(root: Path, files: Iterable[Path]) -> list[InputError]:
+    return [
+        InputError(
+            root, str(path.relative_to(root)), "a link to a file outside", "in the data folder",
+            "copy the file into the folder",
+        )
+        for path in files
+        if not _is_inside(path, root)
+    ]  # fmt: skip
+
+
+def _group_modalities(
+    root: Path, description: _Description, folder: str, suffix: str, num_modalities: int
+) -> dict[str, tuple[Path, ...]]:
+    """The files `CASE_0000`, `CASE_0001`, ... of a folder by case."""
+    groups: dict[str, dict[int, Path]] = {}
+    for stem, path in _files_by_stem(root, description, folder, suffix).items():
+        match = _MODALITY_FILE.fullmatch(stem)
+        if match:
+            groups.setdefault(match[1], {})[int(match[2])] = path
+        else:
+            description.problem(
+                f"{folder}/{path.name}", "without channel number", f"like CASE_0000{suffix}",
+                "rename the file",
+            )  # fmt: skip
+    result = {}
+    for name, files in groups.items():
+        if sorted(files) == list(range(num_modalities)):
+            result[name] = tuple(files[number] for number in sorted(files))
+        else:
+            description.problem(
+                f"case {name} in {folder}", f"of the channels {sorted(files)}",
+                f"of the channels {list(range(num_modalities))}", "add the missing channel's file",
+            )  # fmt: skip
+    return result
+
+
+def _list_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+    """NIfTI files by name; hidden ones (macOS writes `._CASE`) do not count."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.endswith(suffixes) and not path.name.startswith(".")
+    )
+
+
+def _scan_plain(root: Path) -> tuple[DataFolder | None, list[InputError]]:
+    """Images side by side; `CASE_0000`, `CASE_0001`, ... are one case's modalities."""
+    files = _list_images(root)
+    if not files:
+        raise InputError(
+            root, "data folder", "without dataset.json and without images",
+            "of the Decathlon's or nnU-Net's layout, or full of .nii.gz images",
+            "correct the path, or add the dataset.json",
+        )  # fmt: skip
+    errors = _links_outside(root, files)
+    files = [path for path in files if _is_inside(path, root)]
+    stems = [_stem(path) for path in files]
+    groups: dict[str, list[Path]] = {}
+    for stem, path in zip(stems, files, strict=True):
+        match = _MODALITY_FILE.fullmatch(stem)
+        is_modality = match is not None and f"{match[1]}_0000" in stems
+        groups.setdefault(match[1] if match and is_modality else stem, []).append(path)
+    errors += [
+        InputError(
+            root,
+            f"case {stem}",
+            "there as .nii.gz and as .nii",
+            "one file",
+            "remove one of the two",
+        )
+        for stem in _repeated(stems)
+    ]
+    counts = {len(group) for group in groups.values()}
+    if len(counts) > 1 and not errors:
+        errors.append(
+            InputError(
+                root, "files per case", sorted(counts), "the same number of modalities everywhere",
+                "add the missing modalities' files",
+            )
+        )  # fmt: skip
+    most = max(counts, default=0)
+    modalities = tuple(f"channel {i}" for i in range(most)) if most > 1 else ()
+    cases = _by_name(Case(name, tuple(group)) for name, group in groups.items())
+    return DataFolder(root, "", modalities, None, cases), errors

@@ -1,0 +1,139 @@
+"""All that is wrong with a data folder, found before any training starts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from tfmtseg.data.cases import Case, scan_data_folder
+from tfmtseg.data.nifti import Volume, read_geometry, read_image, read_label
+from tfmtseg.data.preprocess import normalize
+from tfmtseg.errors import InputError, InputWarning
+
+ODD_SPACING = 2.0  # times the median, or its inverse
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a check found.
+
+    Args:
+        num_cases: Cases looked at.
+        errors: What keeps a case, or the folder, from being used.
+        warnings: What is used although it is odd; each text starts with a path.
+    """
+
+    num_cases: int
+    errors: tuple[InputError, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass
+class _Facts:
+    """What of a case is compared with the other cases."""
+
+    case: Case
+    image_hash: str | None = None
+    spacing_mm: tuple[float, float, float] | None = None
+
+
+def check_data_folder(root: str | os.PathLike[str], *, max_label: int | None = None) -> Findings:
+    """Reads every image and every label of a data folder, and writes nothing.
+
+    Every file goes the way it goes before a training: what passes here does not stop
+    a training later.
+
+    Args:
+        root: The data folder.
+        max_label: The highest label value that may occur. Defaults to the folder's
+            own list of labels.
+
+    Returns:
+        All problems of the folder's structure and of all its files.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", InputWarning)
+        folder, errors = scan_data_folder(root)
+        cases = folder.cases + folder.test_cases if folder else ()
+        num_modalities = len(folder.modalities) or None if folder else None
+        if max_label is None and folder and folder.regions:
+            max_label = folder.regions.max_label
+        facts = [
+            _check_case(case, num_modalities, max_label, errors)
+            for case in tqdm(cases, desc="Checking cases", unit="case")
+        ]
+        _warn_about_copies(Path(root), facts)
+        _warn_about_spacing(facts)
+    texts = [str(item.message) for item in caught if issubclass(item.category, InputWarning)]
+    return Findings(len(cases), tuple(errors), tuple(texts))
+
+
+def _check_case(
+    case: Case, num_modalities: int | None, max_label: int | None, errors: list[InputError]
+) -> _Facts:
+    """Reads one case; adds what is wrong to `errors`."""
+    facts = _Facts(case)
+    volume: Volume | None = None
+    try:
+        volume = read_image(case.images, num_modalities=num_modalities)
+        facts.spacing_mm = volume.geometry.spacing_mm
+        facts.image_hash = _hash(volume.voxels)
+        normalize(volume.voxels, case.images[0])
+    except InputError as error:
+        errors.append(error)
+    if case.label is not None and max_label is not None:
+        try:
+            # Beside a bad image, the label is still checked for itself.
+            like = volume.geometry if volume else read_geometry(case.label)
+            read_label(case.label, max_label=max_label, like=like, image=case.images[0])
+        except InputError as error:
+            errors.append(error)
+    return facts
+
+
+def _hash(voxels: np.ndarray) -> str:
+    return hashlib.sha256(repr(voxels.shape).encode() + voxels.tobytes()).hexdigest()
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, InputWarning, stacklevel=3)
+
+
+def _warn_about_copies(root: Path, facts: Sequence[_Facts]) -> None:
+    """The same image twice is a leak between splits, or a file saved to a wrong place."""
+    description = root / "dataset.json"
+    first: dict[str, Case] = {}
+    for item in facts:
+        if item.image_hash is None:
+            continue
+        original = first.setdefault(item.image_hash, item.case)
+        if original is not item.case:
+            _warn(
+                f"{description if description.exists() else root}: the images of "
+                f"{original.name} and {item.case.name} hold the same voxels; one is a copy."
+            )
+
+
+def _warn_about_spacing(facts: Sequence[_Facts]) -> None:
+    known = [(item.case, item.spacing_mm) for item in facts if item.spacing_mm is not None]
+    if not known:
+        return
+    spacings = np.array([spacing for _, spacing in known])
+    median = np.median(spacings, axis=0)
+    ratio = np.maximum(spacings / median, median / spacings).max(axis=1)
+    for case, spacing in (known[i] for i in np.flatnonzero(ratio > ODD_SPACING)):
+        _warn(
+            f"{case.images[0]}: voxel size {_millimetres(spacing)} is far from the "
+            f"data set's median {_millimetres(median)}; a network sees other sizes here."
+        )
+
+
+def _millimetres(sizes: Iterable[float]) -> str:
+    return " x ".join(f"{size:.3g}" for size in sizes) + " mm"

@@ -1,0 +1,1 @@
+"""Whole volumes: sliding window, prediction, evaluation, report."""

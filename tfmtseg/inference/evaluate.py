@@ -1,0 +1,240 @@
+"""Scores of a trained model on one split, with tables, label maps and a report.
+
+`evaluate` writes into `MODEL_DIR/evaluation/SPLIT/`:
+
+    metrics.csv                 one row per case
+    summary.json                means, spreads, counts, the shape prior's scores
+    predictions/CASE.nii.gz     label maps in the geometry of their images
+    report.html                 all of it to look at
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from tfmtseg import compat
+from tfmtseg.data.cases import Case
+from tfmtseg.data.nifti import Geometry, read_geometry, read_image, read_label, write_label_map
+from tfmtseg.errors import InputError, InputErrors, InputWarning
+from tfmtseg.files import write_json, write_text
+from tfmtseg.inference.predict import check_headers, predict_case
+from tfmtseg.inference.report import CaseVolumes, RunReport, write_report
+from tfmtseg.inference.shape_prior import ShapePrior
+from tfmtseg.metrics.scores import CaseScores, score_case, summarize
+from tfmtseg.training.run import Run, load_run
+
+
+def evaluate(model_dir: str | os.PathLike[str], split: str = "test") -> dict[str, Any]:
+    """Segments and scores every case of a split; see the module for what is written.
+
+    All headers are checked before the first prediction.
+
+    Args:
+        model_dir: Folder of a finished training run.
+        split: `"test"` or `"development"`.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        InputError: If the split is empty or a file cannot be used.
+        InputErrors: With every case that is missing or has a bad header.
+    """
+    run = load_run(model_dir)
+    cases = _cases(run, split)
+    labelled = _cases(run, "labeled")
+    check_headers([*cases, *labelled])
+    directory = _directory(run, split)
+    prior = _fit_shape_prior(run, labelled)
+    start = time.perf_counter()
+    scores: list[CaseScores] = []
+    prior_scores: list[CaseScores] = []
+    for case in tqdm(cases, desc=f"Evaluating ({split})", unit="case"):
+        label_map, geometry = predict_case(run, case)
+        write_label_map(_prediction_path(run, split, case), label_map, geometry)
+        truth, spacing_mm = _read_truth(run, case, geometry), geometry.spacing_mm
+        guess = prior.predict(truth.shape, spacing_mm)
+        scores.append(score_case(case.name, label_map, truth, run.regions, spacing_mm))
+        prior_scores.append(score_case(case.name, guess, truth, run.regions, spacing_mm))
+    summary = {
+        "data": run.folder.root.name,
+        "split": split,
+        **summarize(scores),
+        "shape_prior": summarize(prior_scores),
+        "seconds": time.perf_counter() - start,
+        "versions": compat.versions(),
+    }
+    _write_metrics(directory / "metrics.csv", scores)
+    write_json(directory / "summary.json", summary)
+    write_report(directory / "report.html", [read_run_report(run, split)])
+    return summary
+
+
+def compare(
+    model_dirs: Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+    split: str = "test",
+) -> None:
+    """Writes one report about several evaluated runs.
+
+    Runs are called by their methods, or by their folders if two share a method.
+
+    Args:
+        model_dirs: Folders of runs that `evaluate` has been through.
+        path: The HTML file.
+        split: The split they were evaluated on.
+
+    Raises:
+        InputError: If a run was not evaluated, or on other regions or cases.
+    """
+    runs = [load_run(model_dir) for model_dir in model_dirs]
+    names = [run.config.method for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.directory) for run in runs]
+    reports = [read_run_report(run, split, name) for run, name in zip(runs, names, strict=True)]
+    for run, report in zip(runs, reports, strict=True):
+        cases = [scores.case for scores in report.scores]
+        if report.regions != reports[0].regions or cases != [s.case for s in reports[0].scores]:
+            raise InputError(
+                run.directory, "evaluation", "of other regions or cases",
+                f"of those of {runs[0].directory}", "compare runs with the same split",
+            )  # fmt: skip
+    write_report(path, reports)
+
+
+def read_run_report(run: Run, split: str, name: str | None = None) -> RunReport:
+    """Collects what an evaluated run has written.
+
+    Args:
+        run: The run.
+        split: The split it was evaluated on.
+        name: Its heading in the report; the method by default.
+
+    Raises:
+        InputError: If the run was not evaluated on this split.
+    """
+    directory = _directory(run, split)
+    cases = {case.name: case for case in _cases(run, split)}
+    result = _read_json(run.directory / "result.json", "train the model to its end")
+
+    def read_case(case_name: str) -> CaseVolumes:
+        return _read_volumes(run, split, cases[case_name])
+
+    return RunReport(
+        name=name or run.config.method,
+        regions=run.regions,
+        result=result,
+        summary=_read_json(directory / "summary.json", "evaluate the model first"),
+        scores=_read_metrics(directory / "metrics.csv", run.regions.names),
+        history=_read_history(run.directory / result.get("history_file", "history.csv")),
+        modality=run.folder.modalities[0],
+        read_case=read_case,
+    )
+
+
+def _directory(run: Run, split: str) -> Path:
+    return run.directory / "evaluation" / split
+
+
+def _prediction_path(run: Run, split: str, case: Case) -> Path:
+    return _directory(run, split) / "predictions" / f"{case.name}.nii.gz"
+
+
+def _cases(run: Run, split: str) -> list[Case]:
+    """The cases of a split, which must all be there and have labels."""
+    names = getattr(run.splits, split)
+    known = {case.name: case for case in run.folder.cases if case.label is not None}
+    missing = [name for name in names if name not in known]
+    if missing:
+        raise InputErrors(
+            InputError(
+                run.folder.root, f"case {name}", "missing or without label",
+                f"there: it is in the split '{split}' of {run.directory}",
+                "restore the data folder the model was trained on",
+            )
+            for name in missing
+        )  # fmt: skip
+    if not names:
+        raise InputError(
+            run.directory, f"split '{split}'", "empty", "at least one case",
+            "train with more cases in this split, or evaluate another one",
+        )  # fmt: skip
+    return [known[name] for name in names]
+
+
+def _read_truth(run: Run, case: Case, geometry: Geometry) -> np.ndarray:
+    """The label map of a case, which `_cases` has made sure of."""
+    assert case.label is not None
+    return read_label(
+        case.label, max_label=run.regions.max_label, like=geometry, image=case.images[0]
+    )
+
+
+def _fit_shape_prior(run: Run, labelled: Sequence[Case]) -> ShapePrior:
+    geometries = [read_geometry(case.images[0]) for case in labelled]
+    return ShapePrior.fit(
+        [_read_truth(run, case, g) for case, g in zip(labelled, geometries, strict=True)],
+        [geometry.spacing_mm for geometry in geometries],
+    )
+
+
+def _read_volumes(run: Run, split: str, case: Case) -> CaseVolumes:
+    """What the report draws. All files have been read before, so nothing warns again."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        volume = read_image(case.images)
+        predicted = Case(case.name, case.images, _prediction_path(run, split, case))
+        return CaseVolumes(
+            image=volume.voxels[..., 0],
+            truth=_read_truth(run, case, volume.geometry),
+            prediction=_read_truth(run, predicted, volume.geometry),
+            spacing_mm=volume.geometry.spacing_mm,
+        )
+
+
+def _write_metrics(path: Path, scores: Sequence[CaseScores]) -> None:
+    """One row per case, in the order given."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["case", *scores[0].columns()], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"case": case.case, **case.columns()} for case in scores)
+    write_text(path, text.getvalue())
+
+
+def _read_metrics(path: Path, regions: Sequence[str]) -> list[CaseScores]:
+    """The inverse of `_write_metrics`."""
+    return [CaseScores.from_columns(row["case"], row, regions) for row in _read_rows(path)]
+
+
+def _read_history(path: Path) -> dict[str, np.ndarray]:
+    """Columns of numbers; an empty cell is NaN."""
+    rows = _read_rows(path)
+    if not rows:
+        return {}
+    return {
+        name: np.array([float(row[name]) if row[name] else np.nan for row in rows])
+        for name in rows[0]
+    }
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _read_json(path: Path, fix: str) -> dict[str, Any]:
+    if not path.exists():
+        raise InputError(path, "file", "missing", "there", fix)
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content

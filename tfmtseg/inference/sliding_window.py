@@ -1,0 +1,133 @@
+"""Whole volumes from a network that sees one window at a time."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def window_starts(size: int, window: int, overlap: float) -> list[int]:
+    """First voxels of the windows that cover one axis.
+
+    Windows step by `int(window * (1 - overlap))`; the last is moved back so
+    that it ends with the axis.
+
+    Args:
+        size: Voxels of the axis, at least `window`.
+        window: Voxels of a window.
+        overlap: Part of a window shared with its neighbour, in [0, 1).
+
+    Returns:
+        Increasing first voxels.
+
+    Raises:
+        ValueError: If the window is larger than the axis or `overlap` is out of
+            its range.
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"Expected `overlap` in [0, 1). Received: {overlap}.")
+    if not 0 < window <= size:
+        raise ValueError(f"Expected a window of 1 to {size} voxels. Received: {window}.")
+    step = max(1, int(window * (1 - overlap)))
+    last = size - window
+    return [*range(0, last, step), last]
+
+
+def gaussian_window(window: Sequence[int]) -> np.ndarray:
+    """Weights of a window's voxels: large in the middle, small at the border.
+
+    A Gaussian with a standard deviation of an eighth of the window per axis,
+    scaled to a maximum of 1 and never below 0.001, so that every voxel of a
+    volume gets a weight.
+
+    Args:
+        window: Voxels per axis.
+
+    Returns:
+        Positive `float32`, of shape `window`.
+
+    Reference:
+        Isensee et al., 2021, "nnU-Net", Nature Methods 18 (importance weighting
+        of window predictions).
+    """
+    weights = np.ones((), np.float64)
+    for size in window:
+        place = np.arange(size) - (size - 1) / 2
+        weights = weights[..., None] * np.exp(-0.5 * (place / (size / 8)) ** 2)
+    return np.maximum(weights / weights.max(), 1e-3).astype(np.float32)
+
+
+def sliding_window_logits(
+    predict: Callable[[np.ndarray], np.ndarray],
+    volume: np.ndarray,
+    window: Sequence[int],
+    *,
+    background: Sequence[float] | np.ndarray,
+    overlap: float = 0.5,
+    batch_size: int = 4,
+) -> np.ndarray:
+    """Logits of a whole volume: the weighted mean of overlapping windows.
+
+    A volume smaller than the window is padded on both sides and the result cut
+    back. Sums are kept in host memory: `4 * (channels of the logits + 1)` bytes
+    a voxel, whatever the number of windows.
+
+    Args:
+        predict: Maps `(batch, *window, channels)` to logits
+            `(batch, *window, outputs)`; the last batch may be smaller.
+        volume: `float32`, `(x, y, z, channels)`, normalised.
+        window: Voxels per axis that `predict` takes.
+        background: Value of each channel outside the volume.
+        overlap: Part of a window shared with its neighbour, in [0, 1).
+        batch_size: Windows per call of `predict`.
+
+    Returns:
+        `float32`, `(x, y, z, outputs)`.
+
+    Raises:
+        ValueError: If `overlap` is out of its range.
+    """
+    padded, inside = _pad_to_window(volume, window, background)
+    weights = gaussian_window(window)[..., None]
+    weight_sum = np.zeros((*padded.shape[:-1], 1), np.float32)
+    logit_sum: np.ndarray | None = None
+
+    starts = [
+        window_starts(size, length, overlap)
+        for size, length in zip(padded.shape[:-1], window, strict=True)
+    ]
+    boxes = [
+        tuple(slice(first, first + length) for first, length in zip(place, window, strict=True))
+        for place in itertools.product(*starts)
+    ]
+    for first in range(0, len(boxes), batch_size):
+        batch = boxes[first : first + batch_size]
+        logits = np.asarray(predict(np.stack([padded[box] for box in batch])), np.float32)
+        if logit_sum is None:
+            logit_sum = np.zeros((*padded.shape[:-1], logits.shape[-1]), np.float32)
+        for box, patch in zip(batch, logits, strict=True):
+            logit_sum[box] += patch * weights
+            weight_sum[box] += weights
+    assert logit_sum is not None  # every axis has at least one window
+    logit_sum /= weight_sum
+    return logit_sum[inside]
+
+
+def _pad_to_window(
+    volume: np.ndarray, window: Sequence[int], background: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, tuple[slice, ...]]:
+    """Pads `volume` to at least `window`; also returns where it lies in the result."""
+    shape = volume.shape[:-1]
+    padded_shape = tuple(max(size, length) for size, length in zip(shape, window, strict=True))
+    inside = tuple(
+        slice((total - size) // 2, (total - size) // 2 + size)
+        for total, size in zip(padded_shape, shape, strict=True)
+    )
+    if padded_shape == shape:
+        return volume, inside
+    padded = np.empty((*padded_shape, volume.shape[-1]), volume.dtype)
+    padded[:] = background
+    padded[inside] = volume
+    return padded, inside

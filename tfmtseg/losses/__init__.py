@@ -1,0 +1,1 @@
+"""Losses that take `(y_true, y_pred)`."""

@@ -1,0 +1,100 @@
+"""The segmentation loss: soft Dice and cross-entropy of every head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import tensorflow as tf
+
+from tfmtseg import compat
+from tfmtseg.compat import keras
+from tfmtseg.regions import Regions
+
+SPATIAL = (1, 2, 3)
+
+
+def soft_dice_loss(
+    targets: tf.Tensor, probabilities: tf.Tensor, smooth: float = 1e-7
+) -> tf.Tensor:
+    """Soft Dice loss with squared terms, one value per volume.
+
+    `1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth)`, summed over the
+    voxels of a volume and averaged over channels, background included.
+
+    Args:
+        targets: One-hot float, `(batch, x, y, z, channels)`.
+        probabilities: Float, the same shape.
+        smooth: Positive, in voxels.
+
+    Returns:
+        `(batch,)`.
+
+    Reference:
+        Iwasawa et al., 2020, section 3.2, after Milletari et al., 2016.
+    """
+    overlap = tf.reduce_sum(probabilities * targets, SPATIAL)
+    sizes = tf.reduce_sum(tf.square(probabilities) + tf.square(targets), SPATIAL)
+    return tf.reduce_mean(1.0 - (2.0 * overlap + smooth) / (sizes + smooth), -1)
+
+
+def one_hot_heads(labels: tf.Tensor, regions: Regions) -> list[tf.Tensor]:
+    """One-hot targets of each head.
+
+    Args:
+        labels: Integer label map, `(batch, x, y, z)`.
+        regions: What is segmented.
+
+    Returns:
+        Float32 `(batch, x, y, z, channels)` for each of `regions.head_sizes`.
+    """
+    if not regions.nested:
+        return [tf.one_hot(labels, regions.num_outputs)]
+    heads = []
+    for values in regions.members:
+        inside = tf.reduce_any([tf.equal(labels, value) for value in values], axis=0)
+        heads.append(tf.one_hot(tf.cast(inside, tf.int32), 2))
+    return heads
+
+
+@compat.register
+class SegmentationLoss(keras.losses.Loss):
+    """`0.5 * soft Dice + 0.5 * cross-entropy` per head, summed over heads.
+
+    Args:
+        regions: A `Regions`, or its configuration.
+        **kwargs: As for every Keras loss. Nothing is averaged over volumes unless a
+            reduction is given.
+
+    Call arguments:
+        y_true: Integer label map, `(batch, x, y, z)`.
+        y_pred: Logits, `(batch, x, y, z, outputs)`.
+
+    Returns:
+        One value per volume, `(batch,)`.
+
+    Reference:
+        Iwasawa et al., 2020, section 3.2.
+    """
+
+    def __init__(self, regions: Regions | Mapping[str, Any], **kwargs: Any):
+        super().__init__(**{"name": "segmentation_loss", "reduction": "none", **kwargs})
+        self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
+
+    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+        """See the class."""
+        logits = tf.split(tf.cast(y_pred, tf.float32), self.regions.head_sizes, axis=-1)
+        targets = one_hot_heads(tf.cast(y_true, tf.int32), self.regions)
+        losses = []
+        for head_targets, head_logits in zip(targets, logits, strict=True):
+            log_probabilities = tf.nn.log_softmax(head_logits)
+            cross_entropy = -tf.reduce_sum(head_targets * log_probabilities, -1)
+            losses.append(
+                0.5 * soft_dice_loss(head_targets, tf.exp(log_probabilities))
+                + 0.5 * tf.reduce_mean(cross_entropy, SPATIAL)
+            )
+        return tf.add_n(losses)
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of this loss."""
+        return {**super().get_config(), "regions": self.regions.get_config()}

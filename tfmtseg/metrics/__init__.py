@@ -1,0 +1,1 @@
+"""Scores: per case for evaluations, per voxel during training."""

@@ -1,0 +1,1 @@
+"""The encoder-decoder, its branches and their assembly."""

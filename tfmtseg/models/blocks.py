@@ -1,0 +1,227 @@
+"""Building blocks of encoder, decoder and branches.
+
+Volumes are `(batch, x, y, z, channels)`. Reference for the blocks: Iwasawa et al., 2020,
+section 3.1 and its public code: GroupNorm with 8 groups, LeCun-normal kernels, biases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+
+from tfmtseg import compat
+from tfmtseg.compat import keras
+from tfmtseg.ops.interpolation import interpolation_matrix
+
+GROUPS = 8
+EPSILON = 1e-5
+
+Factors = tuple[int, int, int]
+
+
+def convolution(filters: int, size: int = 3, strides: Factors = (1, 1, 1), **kwargs: Any) -> Any:
+    """A 3D convolution as the method uses it everywhere: same padding, bias, LeCun-normal."""
+    return keras.layers.Conv3D(
+        filters,
+        size,
+        strides=strides,
+        padding="same",
+        kernel_initializer="lecun_normal",
+        **kwargs,
+    )
+
+
+def group_norm_relu(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, groups: int = GROUPS, epsilon: float = EPSILON
+) -> tf.Tensor:
+    """`relu(group_norm(x))` with a gradient of its own.
+
+    The affine map of GroupNorm folds into one multiply-add per voxel, and the
+    gradient into another; automatic differentiation keeps and reads several more
+    arrays of the size of `x`. Statistics are float32 at any precision of `x`.
+
+    Args:
+        x: `(batch, x, y, z, channels)`, channels a multiple of `groups`.
+        gamma: Scale, float32, `(channels,)`.
+        beta: Offset, float32, `(channels,)`.
+        groups: Channel groups that share mean and variance.
+        epsilon: Added to the variance.
+
+    Returns:
+        The shape and type of `x`.
+
+    Reference:
+        [Wu and He, 2018](https://arxiv.org/abs/1803.08494), equations 1 to 3.
+    """
+    channels = x.shape[-1]
+    per_group = channels // groups
+
+    @tf.custom_gradient
+    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
+        # (batch, voxels, groups, channels of a group); statistics keep this rank and
+        # broadcast, which spares repeating them per channel.
+        shape = tf.shape(x)
+        grouped = tf.reshape(x, (shape[0], -1, groups, per_group))
+        count = tf.cast(tf.shape(grouped)[1] * per_group, tf.float32)
+
+        def group_mean(channel_sums: tf.Tensor) -> tf.Tensor:
+            return tf.reduce_sum(channel_sums, -1, keepdims=True) / count
+
+        def voxel_sum(values: tf.Tensor) -> tf.Tensor:
+            return tf.reduce_sum(tf.cast(values, tf.float32), 1, keepdims=True)
+
+        gamma = tf.reshape(gamma, (groups, per_group))
+        beta = tf.reshape(beta, (groups, per_group))
+        mean = group_mean(voxel_sum(grouped))
+        squares = tf.square(tf.cast(grouped, tf.float32))
+        variance = group_mean(tf.reduce_sum(squares, 1, keepdims=True)) - tf.square(mean)
+        rstd = tf.math.rsqrt(tf.maximum(variance, 0.0) + epsilon)
+        scale = rstd * gamma
+        offset = beta - mean * scale
+        y = tf.nn.relu(grouped * tf.cast(scale, x.dtype) + tf.cast(offset, x.dtype))
+
+        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+            d = tf.raw_ops.ReluGrad(gradients=tf.reshape(dy, tf.shape(y)), features=y)
+            d_sum = voxel_sum(d)
+            centred = voxel_sum(d * grouped) - d_sum * mean  # sum of d * (x - mean)
+            d_mean = group_mean(d_sum * gamma)
+            slope = group_mean(centred * gamma) * rstd * rstd
+            dx = (
+                d * tf.cast(scale, x.dtype)
+                - grouped * tf.cast(rstd * slope, x.dtype)
+                + tf.cast(rstd * (mean * slope - d_mean), x.dtype)
+            )
+            d_gamma = tf.reshape(tf.reduce_sum(centred * rstd, 0), [-1])
+            return tf.reshape(dx, shape), d_gamma, tf.reshape(tf.reduce_sum(d_sum, 0), [-1])
+
+        return tf.reshape(y, shape), gradient
+
+    y = forward(x, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
+    y.set_shape(x.shape)
+    return y
+
+
+@compat.register
+class GroupNormReLU(keras.layers.Layer):
+    """GroupNorm followed by ReLU, statistics in float32.
+
+    Args:
+        groups: Channel groups that share mean and variance.
+        **kwargs: As for every Keras layer.
+
+    Raises:
+        ValueError: At build, if the channels are no multiple of `groups`.
+    """
+
+    def __init__(self, groups: int = GROUPS, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.groups = groups
+
+    def build(self, input_shape: Any) -> None:
+        """Makes gamma (ones) and beta (zeros), one of each per channel."""
+        channels = input_shape[-1]
+        if channels % self.groups:
+            raise ValueError(
+                f"{self.name}: channels is {channels}, must be a multiple of {self.groups}. "
+                "Fix: choose --width as a multiple of 8."
+            )
+        self.gamma = compat.float32_weight(
+            self, name="gamma", shape=(channels,), initializer="ones"
+        )
+        self.beta = compat.float32_weight(self, name="beta", shape=(channels,), initializer="zeros")
+        self.built = True
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Maps `(batch, x, y, z, channels)` to the same shape."""
+        return group_norm_relu(x, self.gamma, self.beta, self.groups)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of this layer."""
+        return {**super().get_config(), "groups": self.groups}
+
+
+@compat.register
+class ResidualBlock(keras.layers.Layer):
+    """`x + conv(norm_relu(conv(norm_relu(x))))`, nothing after the sum.
+
+    Args:
+        filters: Channels of input and output.
+        **kwargs: As for every Keras layer.
+    """
+
+    def __init__(self, filters: int, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.norm1 = GroupNormReLU(name="norm1")
+        self.conv1 = convolution(filters, name="conv1")
+        self.norm2 = GroupNormReLU(name="norm2")
+        self.conv2 = convolution(filters, name="conv2")
+
+    def build(self, input_shape: Any) -> None:
+        """Builds both normalisations and convolutions."""
+        for layer in (self.norm1, self.conv1, self.norm2, self.conv2):
+            layer.build((*input_shape[:-1], self.filters))
+        self.built = True
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Maps `(batch, x, y, z, filters)` to the same shape."""
+        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The shape of the input."""
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of this layer."""
+        return {**super().get_config(), "filters": self.filters}
+
+
+@compat.register
+class Upsample(keras.layers.Layer):
+    """Trilinear upsampling, one matrix product per axis.
+
+    As matrix products, it and its gradient run at the speed of a matrix library;
+    resizing by slices costs more time in the gradient than the convolutions beside it.
+
+    Args:
+        factors: How many times larger each of x, y and z becomes.
+        **kwargs: As for every Keras layer.
+    """
+
+    def __init__(self, factors: Factors = (2, 2, 2), **kwargs: Any):
+        super().__init__(**kwargs)
+        self.factors = tuple(factors)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Maps `(batch, x, y, z, channels)` to `factors` times its spatial size."""
+        static = list(x.shape)
+        for axis, factor in enumerate(self.factors, start=1):
+            if factor == 1:
+                continue
+            shape = tf.shape(x)
+            size = shape[axis] if static[axis] is None else static[axis]
+            matrix = tf.cast(interpolation_matrix(size, factor), x.dtype)
+            before = tf.reduce_prod(shape[:axis])
+            after = tf.reduce_prod(shape[axis + 1 :])
+            y = tf.matmul(matrix[None], tf.reshape(x, (before, size, after)))
+            x = tf.reshape(y, tf.concat([shape[:axis], [factor * size], shape[axis + 1 :]], 0))
+            static[axis] = None if static[axis] is None else factor * static[axis]
+            x.set_shape(static)
+        return x
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The input's shape with each spatial size multiplied."""
+        sizes = [
+            None if size is None else size * factor
+            for size, factor in zip(input_shape[1:4], self.factors, strict=True)
+        ]
+        return (input_shape[0], *sizes, input_shape[4])
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of this layer."""
+        return {**super().get_config(), "factors": self.factors}

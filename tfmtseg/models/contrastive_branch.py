@@ -1,0 +1,252 @@
+"""Contrastive predictive coding on a grid of overlapping cubes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tfmtseg import compat
+from tfmtseg.compat import keras
+from tfmtseg.models.blocks import ResidualBlock, convolution
+from tfmtseg.ops import info_nce, retrieval_accuracy
+
+PAPER_NEGATIVES = 20
+MIN_TEMPERATURE = 0.03
+
+
+def grid_shape(crop: Sequence[int], cube_size: int) -> tuple[int, int, int]:
+    """Cubes along each axis: edge `cube_size`, half overlapping, none beyond the crop.
+
+    Raises:
+        ValueError: If the cube has no half, or the crop is no multiple of that half.
+    """
+    step = cube_size // 2
+    if cube_size % 2 or any(size % step or size < cube_size for size in crop):
+        raise ValueError(
+            f"cube_size: value is {cube_size}, must be even, at most the crop {tuple(crop)}, and "
+            "its half must divide the crop. Fix: change --cube_size or --crop."
+        )
+    x, y, z = (size // step - 1 for size in crop)
+    return x, y, z
+
+
+def extract_cubes(images: tf.Tensor, cube_size: int) -> tf.Tensor:
+    """Cuts images into half-overlapping cubes.
+
+    Args:
+        images: `(batch, x, y, z, modalities)`, spatial sizes known.
+        cube_size: Edge in voxels.
+
+    Returns:
+        `(batch * cubes, cube_size, cube_size, cube_size, modalities)`; the cubes of an
+        image follow each other, z fastest.
+    """
+    edges = [1, cube_size, cube_size, cube_size, 1]
+    steps = [1, cube_size // 2, cube_size // 2, cube_size // 2, 1]
+    patches = tf.extract_volume_patches(images, edges, steps, "VALID")
+    return tf.reshape(patches, (-1, cube_size, cube_size, cube_size, images.shape[-1]))
+
+
+class _TemperatureRange(keras.constraints.Constraint):
+    """Keeps the logarithm of a temperature within [ln 0.03, 0]."""
+
+    def __call__(self, w: tf.Tensor) -> tf.Tensor:
+        return tf.clip_by_value(tf.convert_to_tensor(w), math.log(MIN_TEMPERATURE), 0.0)
+
+
+@compat.register
+class ContrastiveBranch(keras.layers.Layer):
+    """Predicts the codes of one half of the volume from the other half (CPC).
+
+    The image is cut into half-overlapping cubes; the mean over space of the encoder's
+    last level is a cube's *code*. Codes keep their place on the grid. The *context*
+    half of the grid passes through residual blocks; the result at each place is the
+    *query* that has to find, among all candidates, the *positive key*: the code at the
+    same place of the other half.
+
+    Two forms exist. `"repaired"` runs in all six directions, normalises codes, learns
+    its temperature, keeps the halves free of common voxels and takes as negatives all
+    other codes of the batch but those at the positive's place in other cases (volumes
+    are often aligned, so these show the same anatomy). `"paper"` is the original:
+    one direction, raw dot products, the other targets and 20 sampled codes of the
+    same image as negatives.
+
+    Args:
+        channels: Length of a code.
+        cube_size: Edge of a cube in voxels.
+        form: `"repaired"` or `"paper"`.
+        blocks: Residual blocks of the predictor. 8 in the paper; two are enough for
+            small codes.
+        **kwargs: As for every Keras layer.
+
+    Call arguments:
+        images: `(batch, x, y, z, modalities)`, spatial sizes known.
+        encode: Maps cubes `(n, x, y, z, modalities)` to the encoder's last level.
+        seed: Two `int32`, or None outside training. Chooses the sampled negatives.
+
+    Returns:
+        `loss`, in nats, and `accuracy`, each `(queries,)`; `chance`, a scalar: the
+        loss of a branch that knows nothing, the logarithm of the number of candidates.
+
+    Raises:
+        ValueError: If the form is unknown or the crop is too small for two halves.
+
+    Reference:
+        Iwasawa et al., 2020, section 3.3; Henaff et al., 2019 (arXiv 1905.09272).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        cube_size: int,
+        form: str = "repaired",
+        blocks: int = 2,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if form not in ("repaired", "paper"):
+            raise ValueError(
+                f"form: value is {form!r}, must be 'repaired' or 'paper'. "
+                "Fix: change --contrastive_form."
+            )
+        self.channels = channels
+        self.cube_size = cube_size
+        self.form = form
+        self.blocks = [ResidualBlock(channels, name=f"block{i}") for i in range(blocks)]
+        self.last = convolution(channels, 1, name="last")
+
+    def build(self, input_shape: Any) -> None:
+        """Builds the predictor; the shape of `images` is not looked at."""
+        shape = (None, None, None, None, self.channels)
+        for layer in (*self.blocks, self.last):
+            layer.build(shape)
+        if self.form == "repaired":
+            self.directions = compat.float32_weight(
+                self,
+                name="directions",
+                shape=(6, self.channels),
+                initializer=keras.initializers.RandomNormal(stddev=0.5),
+            )
+            self.log_temperature = compat.float32_weight(
+                self,
+                name="log_temperature",
+                shape=(),
+                initializer=keras.initializers.Constant(math.log(0.1)),
+                constraint=_TemperatureRange(),
+            )
+        self.built = True
+
+    def call(
+        self,
+        images: tf.Tensor,
+        encode: Callable[[tf.Tensor], tf.Tensor],
+        seed: tf.Tensor | None = None,
+    ) -> dict[str, tf.Tensor]:
+        """See the class."""
+        grid = grid_shape(images.shape[1:4], self.cube_size)
+        features = encode(extract_cubes(images, self.cube_size))
+        codes = tf.reduce_mean(tf.cast(features, tf.float32), (1, 2, 3))
+        codes = tf.reshape(codes, (-1, *grid, self.channels))
+        return self._repaired(codes, grid) if self.form == "repaired" else self._paper(codes, seed)
+
+    def _predict(self, context: tf.Tensor) -> tf.Tensor:
+        x = tf.cast(context, self.compute_dtype)
+        for block in self.blocks:
+            x = block(x)
+        return tf.cast(self.last(x), tf.float32)
+
+    def _repaired(self, codes: tf.Tensor, grid: tuple[int, int, int]) -> dict[str, tf.Tensor]:
+        cases = tf.shape(codes)[0]
+        places = np.arange(math.prod(grid)).reshape(grid)
+        queries, targets = [], []  # per direction: (cases, n, channels) and the places (n,)
+        for axis in range(3):
+            # An even grid leaves out its two middle layers: cubes overlap by half, so
+            # these would show voxels of the context to the targets.
+            half = (grid[axis] - 1) // 2
+            if half == 0:
+                continue
+            contexts = []
+            for side in range(2):
+                ordered = tf.reverse(codes, [axis + 1]) if side else codes
+                direction = tf.convert_to_tensor(self.directions)[2 * axis + side]
+                contexts.append(tf.gather(ordered, np.arange(half), axis=axis + 1) + direction)
+                ordered_places = np.flip(places, axis) if side else places
+                layers = np.arange(grid[axis] - half, grid[axis])
+                targets.append(np.take(ordered_places, layers, axis=axis).reshape(-1))
+            # Both directions of an axis have one shape: one pass of the predictor.
+            predictions = self._predict(tf.concat(contexts, 0))
+            queries += tf.split(tf.reshape(predictions, (2 * cases, -1, self.channels)), 2)
+        if not queries:
+            raise ValueError(
+                f"crop: its grid of cubes is {grid}, must have 3 or more along an axis. "
+                "Fix: enlarge --crop or reduce --cube_size."
+            )
+        query_places = np.concatenate(targets)
+        first_code = tf.range(cases)[:, None] * places.size
+        arguments = {
+            "positives": tf.reshape(first_code + query_places, [-1]),
+            "query_ids": tf.tile(query_places, [cases]),
+            "key_ids": tf.tile(places.reshape(-1), [cases]),
+        }
+        q = tf.reshape(tf.concat(queries, 1), (-1, self.channels))
+        k = tf.reshape(codes, (-1, self.channels))
+        temperature = tf.exp(tf.convert_to_tensor(self.log_temperature))
+        candidates = cases * (places.size - 1) + 1
+        return {
+            "loss": info_nce(q, k, temperature=temperature, **arguments),
+            "accuracy": retrieval_accuracy(q, k, **arguments),
+            "chance": tf.math.log(tf.cast(candidates, tf.float32)),
+        }
+
+    def _paper(self, codes: tf.Tensor, seed: tf.Tensor | None) -> dict[str, tf.Tensor]:
+        layers = codes.shape[3]
+        half = layers // 2
+        if half == 0:
+            raise ValueError(
+                f"crop: its grid of cubes is {tuple(codes.shape[1:4])}, must have 2 or more along "
+                "z for the paper's form. Fix: enlarge --crop or reduce --cube_size."
+            )
+
+        def rows(x: tf.Tensor) -> tf.Tensor:
+            return tf.reshape(x, (-1, math.prod(x.shape[1:4]), self.channels))
+
+        queries = rows(self._predict(codes[:, :, :, :half]))
+        targets = rows(codes[:, :, :, layers - half :])
+        pool = rows(codes[:, :, :, : layers - half])
+        order = tf.random.stateless_uniform(
+            tf.shape(pool)[:2], seed=tf.constant([0, 0]) if seed is None else seed
+        )
+        chosen = tf.argsort(order, axis=1)[:, :PAPER_NEGATIVES]
+        keys = tf.concat([targets, tf.gather(pool, chosen, batch_dims=1)], 1)
+
+        def one_image(
+            q_and_k: tuple[tf.Tensor, tf.Tensor],
+        ) -> tuple[tf.Tensor, tf.Tensor]:
+            q, k = q_and_k
+            return (
+                info_nce(q, k, temperature=1.0, normalize=False),
+                retrieval_accuracy(q, k, normalize=False),
+            )
+
+        loss, accuracy = tf.map_fn(
+            one_image, (queries, keys), fn_output_signature=(tf.float32, tf.float32)
+        )
+        return {
+            "loss": tf.reshape(loss, [-1]),
+            "accuracy": tf.reshape(accuracy, [-1]),
+            "chance": tf.constant(math.log(keys.shape[1]), tf.float32),
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of this layer."""
+        config = {
+            "channels": self.channels,
+            "cube_size": self.cube_size,
+            "form": self.form,
+            "blocks": len(self.blocks),
+        }
+        return {**super().get_config(), **config}

@@ -1,0 +1,149 @@
+"""What is segmented: which labels make up which region, and how heads encode them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfmtseg.errors import InputError
+
+# Nested tumour regions by the numbering of the label files. The Medical
+# Segmentation Decathlon stores 1 oedema, 2 non-enhancing core, 3 enhancing.
+PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
+    "brats_msd": {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)},
+}
+
+
+@dataclass(frozen=True)
+class Regions:
+    """The regions a model segments and a report lists.
+
+    Two kinds exist. *Exclusive* regions are the label values themselves; one
+    softmax over background and labels tells them apart. *Nested* regions are
+    unions of labels that may contain each other (whole tumour, tumour core,
+    enhancing tumour); each has a two-class softmax of its own.
+
+    Args:
+        names: One name per region, background not counted.
+        members: The label values of each region.
+        nested: Whether every region has a head of its own. Nested regions run
+            from the largest to the smallest.
+
+    Reference:
+        Iwasawa et al., 2020, section 3 (three two-class outputs for BraTS).
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    nested: bool
+
+    def __post_init__(self) -> None:
+        if not self.names or len(self.names) != len(self.members):
+            raise InputError("regions", "names", self.names, "one per region", "name each region")
+        if len(set(self.names)) != len(self.names):
+            raise InputError("regions", "names", self.names, "all different", "rename one")
+        if self.nested:
+            for (outer, inner), name in zip(
+                zip(self.members, self.members[1:], strict=False), self.names[1:], strict=False
+            ):
+                if not set(inner) < set(outer):
+                    raise InputError(
+                        f"region {name}", "labels", inner, f"a proper part of {outer}",
+                        "list nested regions from the largest to the smallest",
+                    )  # fmt: skip
+        elif self.members != tuple((value,) for value in range(1, len(self.names) + 1)):
+            raise InputError(
+                "regions", "labels", self.members, "1, 2, ... without a gap",
+                "renumber the labels, or declare nested regions",
+            )  # fmt: skip
+
+    @classmethod
+    def exclusive(cls, names: Sequence[str]) -> Regions:
+        """One region per label value 1, 2, ..., in the order of `names`."""
+        return cls(tuple(names), tuple((i + 1,) for i in range(len(names))), nested=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Regions:
+        """Reads a preset's name, or a definition such as `WT=1,2,3;TC=2,3;ET=3`.
+
+        Raises:
+            InputError: If `text` is neither.
+        """
+        if text in PRESETS:
+            definition: Mapping[str, tuple[int, ...]] = PRESETS[text]
+        else:
+            try:
+                pairs = [part.split("=") for part in text.split(";")]
+                definition = {name: tuple(map(int, values.split(","))) for name, values in pairs}
+            except ValueError:
+                raise InputError(
+                    "--regions", "value", repr(text),
+                    f"one of {', '.join(PRESETS)} or like WT=1,2,3;TC=2,3;ET=3",
+                    "correct the flag, or leave it out for one class per label",
+                ) from None  # fmt: skip
+        return cls(tuple(definition), tuple(definition.values()), nested=True)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Regions:
+        """The inverse of `get_config`."""
+        members = tuple(tuple(values) for values in config["members"])
+        return cls(tuple(config["names"]), members, bool(config["nested"]))
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON-ready arguments of this object."""
+        return {
+            "names": list(self.names),
+            "members": [list(values) for values in self.members],
+            "nested": self.nested,
+        }
+
+    @property
+    def head_sizes(self) -> tuple[int, ...]:
+        """Channels of each softmax; they follow each other in the logits."""
+        return (2,) * len(self.names) if self.nested else (len(self.names) + 1,)
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of the logits."""
+        return sum(self.head_sizes)
+
+    @property
+    def max_label(self) -> int:
+        """The highest label value that may occur."""
+        return max(max(values) for values in self.members)
+
+    def masks(self, label_map: np.ndarray) -> np.ndarray:
+        """Region masks of a label map.
+
+        Args:
+            label_map: Integers, any shape.
+
+        Returns:
+            Booleans, one more axis at the end: one channel per region.
+        """
+        return np.stack([np.isin(label_map, values) for values in self.members], axis=-1)
+
+    def label_map(self, logits: np.ndarray) -> np.ndarray:
+        """The label map that `logits` stand for.
+
+        Nested regions are painted from the largest to the smallest, each with
+        the label that belongs to it and to no smaller region.
+
+        Args:
+            logits: `(..., num_outputs)`, or anything with the same order of
+                channels within each head (such as probabilities).
+
+        Returns:
+            `uint8`, the shape of `logits` without its last axis.
+        """
+        if not self.nested:
+            return np.argmax(logits, axis=-1).astype(np.uint8)
+        result = np.zeros(logits.shape[:-1], np.uint8)
+        for i, values in enumerate(self.members):
+            smaller = self.members[i + 1] if i + 1 < len(self.members) else ()
+            own = min(set(values) - set(smaller))
+            result[logits[..., 2 * i + 1] > logits[..., 2 * i]] = own
+        return result

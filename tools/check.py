@@ -1,0 +1,45 @@
+"""Lists everything that is wrong with a data folder, and changes nothing.
+
+Exit status 0 if the folder can be used, 2 if not.
+"""
+
+from __future__ import annotations
+
+from absl import app, flags
+
+from tfmtseg.data.check import check_data_folder
+from tfmtseg.errors import InputError
+from tfmtseg.regions import Regions
+
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder with dataset.json, or with NIfTI images.", required=True
+)
+_REGIONS = flags.DEFINE_string(
+    "regions", None, "Regions that will be segmented (brats_msd, or WT=1,2,3;TC=2,3;ET=3)."
+)
+
+
+def main(argv: list[str]) -> int:
+    del argv  # all flags
+    try:
+        max_label = Regions.parse(_REGIONS.value).max_label if _REGIONS.value else None
+    except InputError as error:
+        print(f"error: {error}")
+        return 2
+    findings = check_data_folder(_DATA_DIR.value, max_label=max_label)
+    lines = [f"warning: {text}" for text in findings.warnings]
+    lines += [f"error: {problem}" for problem in findings.errors]
+    lines.append(
+        f"{_DATA_DIR.value}: {findings.num_cases} cases read, {len(findings.errors)} errors, "
+        f"{len(findings.warnings)} warnings."
+    )
+    print("\n".join(lines))
+    return 2 if findings.errors else 0
+
+
+def run() -> None:
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()
