@@ -3,8 +3,13 @@
 from setuptools import find_packages, setup
 
 setup(
-    # The scripts in tools/ are installed as a sub-package, so that the console
-    # commands and `python tools/train.py` run the same files.
-    packages=[*find_packages(include=["tfmtseg", "tfmtseg.*"]), "tfmtseg.tools"],
-    package_dir={"tfmtseg": "tfmtseg", "tfmtseg.tools": "tools"},
+    # tools/ and configs/ are installed inside the package, so that the console commands
+    # run the very files that `python tools/train.py` does.
+    packages=[
+        *find_packages(include=["tfmtseg", "tfmtseg.*"]),
+        "tfmtseg.tools",
+        "tfmtseg.configs",
+    ],
+    package_dir={"tfmtseg": "tfmtseg", "tfmtseg.tools": "tools", "tfmtseg.configs": "configs"},
+    package_data={"tfmtseg.configs": ["*.yaml"]},
 )

@@ -70,3 +70,12 @@ def apply_gradients(
 def iterations(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
     """Updates made so far, `int32`, of shape ()."""
     return tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.int32)
+
+
+def tensorflow_variables(variables: Iterable[Any]) -> list[tf.Variable]:
+    """The `tf.Variable` behind each of some weights or optimizer variables.
+
+    Checkpoints are made of these lists. A checkpoint of a Keras 3 model itself leaves
+    out, silently, every layer that its owner keeps in a list.
+    """
+    return [variable.value if KERAS_3 else variable for variable in variables]

@@ -45,6 +45,12 @@ class Regions:
             raise InputError("regions", "names", self.names, "one per region", "name each region")
         if len(set(self.names)) != len(self.names):
             raise InputError("regions", "names", self.names, "all different", "rename one")
+        lowest = min(min(values, default=0) for values in self.members)
+        if lowest < 1 or not all(self.names):
+            raise InputError(
+                "regions", "definition", dict(zip(self.names, self.members, strict=True)),
+                "names with labels above 0", "leave out the background and name each region",
+            )  # fmt: skip
         if self.nested:
             for (outer, inner), name in zip(
                 zip(self.members, self.members[1:], strict=False), self.names[1:], strict=False
@@ -73,18 +79,21 @@ class Regions:
             InputError: If `text` is neither.
         """
         if text in PRESETS:
-            definition: Mapping[str, tuple[int, ...]] = PRESETS[text]
+            definition = list(PRESETS[text].items())
         else:
             try:
                 pairs = [part.split("=") for part in text.split(";")]
-                definition = {name: tuple(map(int, values.split(","))) for name, values in pairs}
+                definition = [
+                    (name.strip(), tuple(map(int, values.split(",")))) for name, values in pairs
+                ]
             except ValueError:
                 raise InputError(
                     "--regions", "value", repr(text),
                     f"one of {', '.join(PRESETS)} or like WT=1,2,3;TC=2,3;ET=3",
                     "correct the flag, or leave it out for one class per label",
                 ) from None  # fmt: skip
-        return cls(tuple(definition), tuple(definition.values()), nested=True)
+        names, members = zip(*definition, strict=True)
+        return cls(names, members, nested=True)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Regions:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from absl import app, flags
 
+from tfmtseg.console import report_problems
 from tfmtseg.data.check import check_data_folder
-from tfmtseg.errors import InputError
+from tfmtseg.errors import InputErrors
 from tfmtseg.regions import Regions
 
 _DATA_DIR = flags.DEFINE_string(
@@ -19,22 +20,22 @@ _REGIONS = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> int:
-    del argv  # all flags
-    try:
-        max_label = Regions.parse(_REGIONS.value).max_label if _REGIONS.value else None
-    except InputError as error:
-        print(f"error: {error}")
-        return 2
+def _check() -> None:
+    max_label = Regions.parse(_REGIONS.value).max_label if _REGIONS.value else None
     findings = check_data_folder(_DATA_DIR.value, max_label=max_label)
-    lines = [f"warning: {text}" for text in findings.warnings]
-    lines += [f"error: {problem}" for problem in findings.errors]
-    lines.append(
+    for text in findings.warnings:
+        print(f"warning: {text}")
+    print(
         f"{_DATA_DIR.value}: {findings.num_cases} cases read, {len(findings.errors)} errors, "
         f"{len(findings.warnings)} warnings."
     )
-    print("\n".join(lines))
-    return 2 if findings.errors else 0
+    if findings.errors:
+        raise InputErrors(findings.errors)
+
+
+def main(argv: list[str]) -> int:
+    del argv  # all flags
+    return report_problems(_check)
 
 
 def run() -> None:

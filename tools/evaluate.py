@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
 
-from tfmtseg.errors import InputError, InputErrors
+from tfmtseg.console import report_problems
 from tfmtseg.inference.evaluate import evaluate
 
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "development"], "Which cases to score.")
 
 
+def _evaluate() -> None:
+    summary = evaluate(_MODEL_DIR.value, _SPLIT.value)
+    for column, value in summary["columns"].items():
+        print(f"{column:28} {value['mean']:.4f} +- {value['std']:.4f}")
+    print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")
+    print(f"Report: {Path(_MODEL_DIR.value) / 'evaluation' / _SPLIT.value / 'report.html'}")
+
+
 def main(argv: list[str]) -> int:
     del argv  # all flags
-    try:
-        summary = evaluate(_MODEL_DIR.value, _SPLIT.value)
-    except (InputError, InputErrors) as error:
-        print(error, file=sys.stderr)
-        return 2
-    directory = Path(_MODEL_DIR.value) / "evaluation" / _SPLIT.value
-    for column, value in summary["columns"].items():
-        print(f"{column:24} {value['mean']:.4f} +- {value['std']:.4f}")
-    print(f"{'shape prior, dice_mean':24} {summary['shape_prior']['mean_dice']:.4f}")
-    print(f"Report: {directory / 'report.html'}")
-    return 0
+    return report_problems(_evaluate)
 
 
 def run() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-
 from absl import app, flags
 
-from tfmtseg.errors import InputError, InputErrors
+from tfmtseg.console import report_problems
 from tfmtseg.inference.predict import predict_folder
 
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
@@ -14,15 +12,14 @@ _IMAGES_DIR = flags.DEFINE_string("images_dir", None, "Folder of images.", requi
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the label maps.", required=True)
 
 
+def _predict() -> None:
+    written = predict_folder(_MODEL_DIR.value, _IMAGES_DIR.value, _OUTPUT_DIR.value)
+    print(f"Wrote {len(written)} label maps to {_OUTPUT_DIR.value}")
+
+
 def main(argv: list[str]) -> int:
     del argv  # all flags
-    try:
-        written = predict_folder(_MODEL_DIR.value, _IMAGES_DIR.value, _OUTPUT_DIR.value)
-    except (InputError, InputErrors) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{len(written)} label maps in {_OUTPUT_DIR.value}")
-    return 0
+    return report_problems(_predict)
 
 
 def run() -> None:

@@ -49,10 +49,11 @@ def test_all_problems_exit_status_2_and_nothing_written(data_dir, tmp_path):
     before = snapshot(tmp_path)
     result = check(f"--data_dir={data_dir}")
     assert result.returncode == 2
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith(f"error: {data_dir}/dataset.json: training[1].label is")
-    assert lines[1].startswith(f"error: {data_dir}/imagesTr/PHANTOM_001.nii.gz: voxel values is")
-    assert lines[2] == f"{data_dir}: 1 cases read, 2 errors, 0 warnings."
+    assert result.stdout == f"{data_dir}: 1 cases read, 2 errors, 0 warnings.\n"
+    lines = result.stderr.splitlines()[-3:]
+    assert lines[0] == "2 problems found:"
+    assert lines[1].startswith(f"{data_dir}/dataset.json: training[1].label is")
+    assert lines[2].startswith(f"{data_dir}/imagesTr/PHANTOM_001.nii.gz: voxel values is")
     assert snapshot(tmp_path) == before
 
 
@@ -61,4 +62,4 @@ def test_regions(data_dir):
     assert check(f"--data_dir={data_dir}", "--regions=core=1,2;inner=1").returncode == 2
     result = check(f"--data_dir={data_dir}", "--regions=nonsense")
     assert result.returncode == 2
-    assert "error: --regions: value is 'nonsense'" in result.stdout
+    assert "--regions: value is 'nonsense'" in result.stderr

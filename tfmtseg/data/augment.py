@@ -191,9 +191,7 @@ def blur(patch: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
     return patch
 
 
-def change_intensities(
-    patch: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor
-) -> tf.Tensor:
+def change_intensities(patch: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor) -> tf.Tensor:
     """Gamma, gain, shift, blur and noise, drawn for each channel.
 
     Args:
@@ -216,8 +214,9 @@ def change_intensities(
         patch = (curved - new_mean) * tf.sqrt(variance / (new_variance + 1e-12)) + mean
     patch *= 1.0 + _uniform(seeds[1], (channels,), augmentation.gain)
     patch += _uniform(seeds[2], (channels,), augmentation.shift)
-    if augmentation.blur_probability > 0:
-        sigma = tf.random.stateless_uniform((), seeds[3], 0.3, max(augmentation.blur_voxels, 0.3))
+    largest = augmentation.blur_voxels
+    if augmentation.blur_probability > 0 and largest > 0:
+        sigma = tf.random.stateless_uniform((), seeds[3], min(0.3, largest), largest)
         chosen = tf.random.stateless_uniform((), seeds[4]) < augmentation.blur_probability
         patch = tf.cond(chosen, lambda: blur(patch, sigma), lambda: patch)
     if augmentation.noise > 0:

@@ -50,8 +50,9 @@ def read_window(
     image = image.copy()
     image[place] = dequantize(record.image[inner], record.scale, record.offset)
     label_map = np.zeros(shape, np.uint8)
-    if record.labelled:
-        label_map[place] = record.label[inner]
+    label = record.label
+    if label is not None:
+        label_map[place] = label[inner]
     return image, label_map
 
 
@@ -78,8 +79,8 @@ def crop_centre(
     middle = (size - 1) / 2
     reach = np.maximum(size / 2 - half, 0) + SLACK
     centre = middle + (2 * draws[3:] - 1) * reach
-    if record.labelled and draws[0] < foreground_probability:
-        foreground = record.foreground
+    foreground = record.foreground if draws[0] < foreground_probability else None
+    if foreground is not None:
         present = np.unique(foreground[:, 3])
         if present.size:
             voxels = foreground[foreground[:, 3] == present[int(draws[1] * present.size)], :3]
@@ -138,9 +139,7 @@ def patches(
                 tf.stack([tf.constant(seed, tf.int64), number]), 3
             )
         )
-        displacements = draw_displacements(
-            augmentation, crop, tf.gather(spacings, index), seeds[0]
-        )
+        displacements = draw_displacements(augmentation, crop, tf.gather(spacings, index), seeds[0])
         image, label_map, centre = tf.numpy_function(
             read,
             [
@@ -235,15 +234,11 @@ def held_out_batches(
     Returns:
         Finite dataset of `(images, labels, labeled)`.
     """
-    return (
-        patches(
-            records,
-            crop,
-            tf.data.Dataset.range(len(records)),
-            augmentation=NO_AUGMENTATION,
-            foreground_probability=foreground_probability,
-            seed=seed,
-        )
-        .batch(per_batch)
-        .cache()
-    )
+    return patches(
+        records,
+        crop,
+        tf.data.Dataset.range(len(records)),
+        augmentation=NO_AUGMENTATION,
+        foreground_probability=foreground_probability,
+        seed=seed,
+    ).batch(per_batch)

@@ -138,7 +138,7 @@ def read_run_report(run: Run, split: str, name: str | None = None) -> RunReport:
         summary=_read_json(directory / "summary.json", "evaluate the model first"),
         scores=_read_metrics(directory / "metrics.csv", run.regions.names),
         history=_read_history(run.directory / result.get("history_file", "history.csv")),
-        modality=run.folder.modalities[0],
+        modality=run.modalities[0],
         read_case=read_case,
     )
 

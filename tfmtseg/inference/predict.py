@@ -71,7 +71,7 @@ def predict_case(run: Run, case: Case) -> tuple[np.ndarray, Geometry]:
     Raises:
         InputError: If the image cannot be used.
     """
-    volume = read_image(case.images, num_modalities=len(run.folder.modalities))
+    volume = read_image(case.images, num_modalities=len(run.modalities))
     normalized = normalize(volume.voxels, case.images[0])
     return predict_volume(run, normalized), volume.geometry
 

@@ -14,9 +14,7 @@ from tfmtseg.regions import Regions
 SPATIAL = (1, 2, 3)
 
 
-def soft_dice_loss(
-    targets: tf.Tensor, probabilities: tf.Tensor, smooth: float = 1e-7
-) -> tf.Tensor:
+def soft_dice_loss(targets: tf.Tensor, probabilities: tf.Tensor, smooth: float = 1e-7) -> tf.Tensor:
     """Soft Dice loss with squared terms, one value per volume.
 
     `1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth)`, summed over the

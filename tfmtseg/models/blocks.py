@@ -6,6 +6,7 @@ section 3.1 and its public code: GroupNorm with 8 groups, LeCun-normal kernels, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -18,6 +19,11 @@ GROUPS = 8
 EPSILON = 1e-5
 
 Factors = tuple[int, int, int]
+
+
+def per_axis(strides: Sequence[Sequence[int]]) -> tuple[Factors, ...]:
+    """Strides of several levels as tuples; they come as lists from JSON."""
+    return tuple((x, y, z) for x, y, z in strides)
 
 
 def convolution(filters: int, size: int = 3, strides: Factors = (1, 1, 1), **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
-from tfmtseg.models.blocks import Factors, ResidualBlock, Upsample, convolution
+from tfmtseg.models.blocks import Factors, ResidualBlock, Upsample, convolution, per_axis
 from tfmtseg.models.encoder import ISOTROPIC, LEVELS
 
 
@@ -36,12 +36,10 @@ class Decoder(keras.layers.Layer):
         Iwasawa et al., 2020, section 3.1.
     """
 
-    def __init__(
-        self, width: int = 32, strides: Sequence[Factors] = ISOTROPIC, **kwargs: Any
-    ):
+    def __init__(self, width: int = 32, strides: Sequence[Factors] = ISOTROPIC, **kwargs: Any):
         super().__init__(**kwargs)
         self.width = width
-        self.strides = tuple(tuple(factors) for factors in strides)
+        self.strides = per_axis(strides)
         names = LEVELS[:-1]
         self.reduce = [convolution(width * 2**i, 1, name=f"reduce{i}") for i in range(len(names))]
         self.upsample = [

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
-from tfmtseg.models.blocks import Factors, ResidualBlock, convolution
+from tfmtseg.models.blocks import Factors, ResidualBlock, convolution, per_axis
 
 LEVELS = ("h0", "h1", "h2", "h3")
 BLOCKS = (1, 2, 2, 4)
@@ -52,27 +52,37 @@ class Encoder(keras.layers.Layer):
         super().__init__(**kwargs)
         self.width = width
         self.dropout = dropout
-        self.strides = tuple(tuple(factors) for factors in strides)
+        self.strides = per_axis(strides)
         self.first = convolution(width, name="first")
         self.entries = [
             convolution(width * 2**i, strides=factors, name=f"entry{i}")
             for i, factors in enumerate(((1, 1, 1), *self.strides))
         ]
+        # One flat list: Keras 2 leaves layers in lists of lists out of weight files.
         self.blocks = [
-            [ResidualBlock(width * 2**i, name=f"block{i}_{j}") for j in range(count)]
+            ResidualBlock(width * 2**i, name=f"block{i}_{j}")
             for i, count in enumerate(BLOCKS)
+            for j in range(count)
         ]
 
     def build(self, input_shape: Any) -> None:
         """Builds all levels; only the channels of `input_shape` matter."""
         self.first.build(input_shape)
         shape = (*input_shape[:-1], self.width)
-        for entry, blocks in zip(self.entries, self.blocks, strict=True):
+        for entry, blocks in self._stages():
             entry.build(shape)
             shape = (*input_shape[:-1], entry.filters)
             for block in blocks:
                 block.build(shape)
         self.built = True
+
+    def _stages(self) -> list[tuple[Any, list[ResidualBlock]]]:
+        """Entry convolution and residual blocks of each level."""
+        first = [sum(BLOCKS[:i]) for i in range(len(BLOCKS))]
+        return [
+            (entry, list(self.blocks[start : start + count]))
+            for entry, start, count in zip(self.entries, first, BLOCKS, strict=True)
+        ]
 
     def call(self, images: tf.Tensor, seed: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
         """See the class."""
@@ -80,7 +90,7 @@ class Encoder(keras.layers.Layer):
         if seed is not None and self.dropout > 0:
             x = tf.nn.experimental.stateless_dropout(x, self.dropout, seed=seed)
         levels = {}
-        for name, entry, blocks in zip(LEVELS, self.entries, self.blocks, strict=True):
+        for name, (entry, blocks) in zip(LEVELS, self._stages(), strict=True):
             x = entry(x)
             for block in blocks:
                 x = block(x)

@@ -118,11 +118,9 @@ class Segmenter(keras.Model):
             setattr(self, f"{name}_tracker", keras.metrics.Mean(name))
         self.dice = DiceScore(regions)
         self._arguments = {
-            "regions": regions.get_config(),
             "method": method,
             "width": width,
             "dropout": dropout,
-            "strides": [list(factors) for factors in strides],
             "cube_size": cube_size,
             "contrastive_form": contrastive_form,
             "predictor_blocks": predictor_blocks,
@@ -257,7 +255,11 @@ class Segmenter(keras.Model):
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of this model, ready for JSON."""
-        return dict(self._arguments)
+        return {
+            "regions": self.regions.get_config(),  # Keras 2 wraps dicts that are attributes
+            "strides": [list(factors) for factors in self.encoder.strides],
+            **self._arguments,
+        }
 
 
 def _unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

@@ -41,7 +41,7 @@ def split_candidates(
         whatever is no negative is a very low number.
     """
     left_out = tf.one_hot(positives, tf.shape(logits)[1], on_value=True, off_value=False)
-    if query_ids is not None:
+    if query_ids is not None and key_ids is not None:
         left_out |= query_ids[:, None] == key_ids[None, :]
     return (
         tf.gather(logits, positives, batch_dims=1),

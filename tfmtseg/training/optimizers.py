@@ -45,6 +45,11 @@ class WarmupPolynomial(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+def make_schedule(config: TrainConfig) -> WarmupPolynomial:
+    """The learning rate over the run."""
+    return WarmupPolynomial(config.learning_rate, config.train_steps, config.warmup_steps)
+
+
 def make_optimizer(config: TrainConfig) -> keras.optimizers.Optimizer:
     """AdamW that keeps an exponential average of the weights.
 
@@ -52,9 +57,7 @@ def make_optimizer(config: TrainConfig) -> keras.optimizers.Optimizer:
     at the full rate. `fit` replaces the weights by their average at its end.
     """
     return keras.optimizers.AdamW(
-        learning_rate=WarmupPolynomial(
-            config.learning_rate, config.train_steps, config.warmup_steps
-        ),
+        learning_rate=make_schedule(config),
         weight_decay=config.weight_decay / config.learning_rate,
         use_ema=True,
         ema_momentum=config.ema_momentum,

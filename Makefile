@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes the
+# virtual environment it needs; only Python 3.10 to 3.13 and make have to be there.
+
+# The first Python on the path whose version lies between the two given ones.
+find_python = $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(not $(1) <= sys.version_info[:2] <= $(2))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+PYTHON ?= $(call find_python,(3,10),(3,13))
+PYTHON_ADDONS ?= $(call find_python,(3,10),(3,11))
+
+VENV := .venv
+VENV_ADDONS := .venv-addons
+PIP_FLAGS := --quiet --disable-pip-version-check
+PYTEST := -m pytest -p no:cacheprovider
+
+.PHONY: help demo test test-addons lint format clean
+help:
+	@echo "make demo         train two methods on synthetic volumes and compare them (3 minutes)"
+	@echo "make test         run the tests with the newest TensorFlow"
+	@echo "make test-addons  the same with TensorFlow 2.15 and TensorFlow Addons"
+	@echo "make lint         check style and types"
+
+# A stamp is newer than the settings it was installed from, or made again.
+$(VENV)/.installed: pyproject.toml setup.py
+	@test -n "$(PYTHON)" || { echo "PYTHON: none found, must be 3.10 to 3.13. Fix: install one, or make PYTHON=/path/to/python3"; exit 2; }
+	@echo "Setting up $(VENV) (once; downloads TensorFlow)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
+	@$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,lint]' 'tensorflow==2.21.*'
+	@touch $@
+
+$(VENV_ADDONS)/.installed: pyproject.toml setup.py
+	@test -n "$(PYTHON_ADDONS)" || { echo "PYTHON_ADDONS: none found, must be 3.10 or 3.11. Fix: install one, or make PYTHON_ADDONS=/path/to/python3.11"; exit 2; }
+	@echo "Setting up $(VENV_ADDONS) (once; downloads TensorFlow 2.15)"
+	@$(PYTHON_ADDONS) -m venv $(VENV_ADDONS)
+	@$(VENV_ADDONS)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
+	@$(VENV_ADDONS)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,addons]'
+	@touch $@
+
+demo: $(VENV)/.installed
+	@$(VENV)/bin/python tools/demo.py --output_dir=demo_run
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python $(PYTEST) tests
+
+test-addons: $(VENV_ADDONS)/.installed
+	$(VENV_ADDONS)/bin/python $(PYTEST) tests
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV) $(VENV_ADDONS) build dist *.egg-info demo_run

@@ -1,0 +1,1 @@
+"""Settings files for known data sets, installed as `tfmtseg.configs`."""

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg import Regions, Segmenter
+from tfmtseg.compat import keras
+from tfmtseg.losses.segmentation import SegmentationLoss
+from tfmtseg.models.methods import METHODS
+
+CROP = (8, 8, 16)  # 3 cubes of edge 8
+IN_PLANE = ((2, 2, 1), (2, 2, 1), (2, 2, 2))
+
+
+def make(method: str = "sscpcseg", **kwargs) -> Segmenter:
+    random.seed(3)  # Keras draws the seeds of its initializers here
+    tf.random.set_seed(3)
+    arguments = {"regions": 2, "width": 8, "cube_size": 8, "predictor_blocks": 1, "seed": 4}
+    return Segmenter(method=method, **{**arguments, **kwargs})
+
+
+def compiled(method: str = "sscpcseg", optimizer=None, **kwargs) -> Segmenter:
+    model = make(method, **kwargs)
+    model.build((None, *CROP, 1))
+    model.compile(optimizer=optimizer or keras.optimizers.SGD(0.1))
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def batch(labeled: list[int], seed: int = 0) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(3, size=(len(labeled), *CROP))
+    images = labels[..., None] + rng.normal(size=(*labels.shape, 1))
+    return (
+        tf.constant(images, tf.float32),
+        tf.constant(labels, tf.uint8),
+        tf.constant(labeled, tf.float32),
+    )
+
+
+def parts(model: Segmenter) -> dict[str, list[np.ndarray]]:
+    layers = {
+        "encoder": model.encoder, "decoder": model.decoder,
+        "head": model.head, "branch": model.branch,
+    }  # fmt: skip
+    return {name: layer.get_weights() for name, layer in layers.items() if layer is not None}
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    """Names of the parts of which any weight changed."""
+    return {
+        name
+        for name, weights in before.items()
+        if any(not np.array_equal(a, b) for a, b in zip(weights, after[name], strict=True))
+    }
+
+
+def one_step(model: Segmenter, data) -> tuple[dict[str, float], dict, dict]:
+    """Losses of an eager update, and the parts before and after it."""
+    before = parts(model)
+    for metric in model.metrics:
+        metric.reset_state()
+    logs = {name: float(value) for name, value in model.train_step(data).items()}
+    return logs, before, parts(model)
+
+
+@pytest.fixture(scope="module")
+def model() -> Segmenter:
+    """A model that no test may change but by `set_weights` back to `start`."""
+    return compiled()
+
+
+@pytest.fixture(scope="module")
+def start(model) -> list[np.ndarray]:
+    return model.get_weights()
+
+
+@pytest.fixture(autouse=True)
+def restore(model, start):
+    yield
+    model.set_weights(start)
+    model.optimizer.iterations.assign(0)
+
+
+def test_methods():
+    assert set(METHODS) == {"encdec", "cpcseg", "sscpcseg"}
+    assert make("encdec").branch is None
+    assert make("cpcseg").branch is not None
+    assert not METHODS["cpcseg"].uses_unlabelled
+    with pytest.raises(ValueError, match=r"method: value is 'unet', must be one of .*Fix: "):
+        make("unet")
+
+
+def test_branch_weight_defaults_to_its_form():
+    assert make().branch_weight == 0.1
+    assert make(contrastive_form="paper").branch_weight == 0.001
+    assert make(branch_weight=0.0).branch_weight == 0.0
+
+
+def test_parameters(model):
+    counts = model.count_parameters()
+    # As in the encoder's and decoder's tests: 1 modality, 3 outputs.
+    assert (counts["encoder"], counts["decoder"]) == (1_103_240, 75_683)
+    # A block and a 1x1x1 convolution of 64 channels, 6 directions, the temperature.
+    assert counts["branch"] == 54 * 64**2 + 6 * 64 + 64 * 64 + 64 + 6 * 64 + 1
+    encdec = make("encdec")
+    encdec.build((None, None, None, None, 1))
+    assert encdec.count_parameters() == {**counts, "branch": 0}
+
+
+def test_a_loss_is_refused():
+    with pytest.raises(ValueError, match=r"loss: value is 'mse', must be None.*Fix: leave it out"):
+        make().compile(optimizer="adam", loss="mse")
+
+
+def test_xla_is_off_unless_asked_for(model):
+    assert not model.jit_compile
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tf.zeros((1, *CROP, 1)), "dataset: an element is a"),
+        ((tf.zeros((1, *CROP, 1)),), "dataset: an element is a tuple"),
+        ((tf.zeros((1, *CROP, 1)), tf.zeros((1, *CROP, 3))), "labels: shape is .* not one-hot"),
+    ],
+)
+def test_bad_elements(model, data, message):
+    with pytest.raises(ValueError, match=message):
+        model.test_step(data)
+
+
+def test_unlabelled_volumes_never_change_the_segmentation(model, start):
+    images, labels, labeled = batch([1, 0, 0])
+    other_images, other_labels, _ = batch([1, 0, 0], seed=1)
+    logs, before, after = one_step(model, (images, labels, labeled))
+    model.set_weights(start)
+    model.optimizer.iterations.assign(0)  # the same dropout
+    changed = tf.concat([images[:1], other_images[1:]], 0)
+    changed_labels = tf.concat([labels[:1], other_labels[1:]], 0)
+    other_logs, _, other_after = one_step(model, (changed, changed_labels, labeled))
+
+    assert moved(before, after) == {"encoder", "decoder", "head", "branch"}
+    for name in ("seg_loss", "dice_1", "dice_2"):
+        # The same arithmetic; threads may sum in another order.
+        assert logs[name] == pytest.approx(other_logs[name], rel=1e-5)
+    for part in ("decoder", "head"):
+        for a, b in zip(after[part], other_after[part], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert logs["cpc_loss"] != pytest.approx(other_logs["cpc_loss"], rel=1e-3)
+    assert moved(after, other_after) >= {"encoder", "branch"}
+
+
+def test_the_branch_learns_from_the_unlabelled_where_there_are_any(model):
+    images, labels, labeled = batch([1, 0])
+    other = batch([1, 0], seed=1)[0]
+
+    def cpc_loss(images, labeled):
+        for metric in model.metrics:
+            metric.reset_state()
+        return float(model.test_step((images, labels, labeled))["cpc_loss"])
+
+    with_other_labelled = tf.concat([other[:1], images[1:]], 0)
+    assert cpc_loss(images, labeled) == pytest.approx(cpc_loss(with_other_labelled, labeled))
+    both = tf.ones(2)
+    assert cpc_loss(images, both) != pytest.approx(cpc_loss(with_other_labelled, both), rel=1e-3)
+
+
+def test_a_batch_without_labels_moves_encoder_and_branch_alone(model):
+    logs, before, after = one_step(model, batch([0, 0]))
+    assert moved(before, after) == {"encoder", "branch"}
+    assert logs["seg_loss"] == 0
+    assert logs["loss"] == pytest.approx(0.1 * logs["cpc_loss"], rel=1e-5)
+
+
+def test_a_batch_of_labelled_volumes_moves_everything(model):
+    logs, before, after = one_step(model, batch([1, 1]))
+    assert moved(before, after) == {"encoder", "decoder", "head", "branch"}
+    assert logs["loss"] == pytest.approx(logs["seg_loss"] + 0.1 * logs["cpc_loss"], rel=1e-5)
+
+
+def test_the_segmentation_loss_is_the_mean_over_labelled_volumes(model):
+    images, labels, labeled = batch([0, 1, 1])
+    for metric in model.metrics:
+        metric.reset_state()
+    logs = model.test_step((images, labels, labeled))
+    per_volume = SegmentationLoss(model.regions)(labels, model(images))
+    assert float(logs["seg_loss"]) == pytest.approx(np.mean(per_volume[1:]), rel=1e-5)
+
+
+def test_dropout_follows_seed_and_step(model):
+    images = batch([1])[0]
+
+    def logits(training: bool = True) -> np.ndarray:
+        return model(images, training=training).numpy()
+
+    first = logits()
+    np.testing.assert_array_equal(first, logits())
+    model.optimizer.iterations.assign(7)
+    assert np.abs(first - logits()).max() > 1e-3
+    np.testing.assert_array_equal(logits(False), logits(False))
+    assert np.abs(first - logits(False)).max() > 1e-3
+    assert first.dtype == np.float32
+    assert first.shape == (1, *CROP, 3)
+
+
+@pytest.mark.parametrize("form", ["repaired", "paper"])
+def test_two_runs_with_one_seed_are_equal(form):
+    runs = []
+    for _ in range(2):
+        model = compiled(contrastive_form=form, optimizer=keras.optimizers.Adam(1e-3))
+        logs = [one_step(model, batch([1, 0], seed=step))[0] for step in range(2)]
+        runs.append((logs, model.get_weights()))
+    (logs, weights), (again, same_weights) = runs
+    assert set(logs[0]) == set(again[0])
+    for first, second in zip(logs, again, strict=True):
+        assert first == pytest.approx(second, rel=1e-5)
+    # Adam turns rounding of gradients near 0 into steps of up to the learning rate.
+    close = [np.isclose(a, b, atol=1e-5).mean() for a, b in zip(weights, same_weights, strict=True)]
+    assert np.mean(close) > 0.999
+
+
+def test_a_loss_that_is_no_number_stops_training(model):
+    images, labels, labeled = batch([1, 0])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the training loss"):
+        model.train_step((images * np.nan, labels, labeled))
+
+
+def test_strides_of_each_axis():
+    model = make("encdec", strides=IN_PLANE)
+    logits = model(batch([1])[0])
+    assert tuple(logits.shape) == (1, *CROP, 3)
+    assert tuple(model.encoder(batch([1])[0])["h3"].shape) == (1, 1, 1, 8, 64)
+
+
+def test_config_round_trip_through_json():
+    model = make(regions=Regions.parse("brats_msd"), strides=IN_PLANE, contrastive_form="paper")
+    config = json.loads(json.dumps(model.get_config()))
+    again = Segmenter.from_config(config)
+    assert again.get_config() == model.get_config()
+    assert again.regions == model.regions
+    assert again.branch.form == "paper"
+
+
+def test_weights_survive_a_file(model, tmp_path):
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    again = Segmenter.from_config(model.get_config())
+    random.seed(99)  # other initial weights
+    again.build((None, None, None, None, 1))
+    images = batch([1])[0]
+    assert np.abs(again(images) - model(images)).max() > 1e-3
+    again.load_weights(path)
+    for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(again(images), model(images))
+
+
+def dataset(labeled: list[int] | None, batches: int = 2) -> tf.data.Dataset:
+    per_batch = len(labeled or [1, 1])
+    images, labels, flags = batch((labeled or [1, 1]) * batches)
+    elements = (images, labels, flags) if labeled else (images, labels)
+    return tf.data.Dataset.from_tensor_slices(elements).batch(per_batch, drop_remainder=True)
+
+
+def test_fit_with_unlabelled_volumes():
+    model = make()  # fit builds it
+    model.compile(optimizer=keras.optimizers.Adam(1e-3))
+    history = model.fit(dataset([1, 0]), epochs=2, verbose=0, shuffle=False).history
+    expected = {"loss", "seg_loss", "cpc_loss", "cpc_accuracy", "cpc_chance", "dice_1", "dice_2"}
+    assert set(history) == expected
+    assert all(np.isfinite(values).all() for values in history.values())
+    # One unlabelled volume of 3 cubes: the positive and two negatives.
+    assert history["cpc_chance"] == pytest.approx([np.log(3)] * 2)
+    assert int(model.optimizer.iterations) == 4
+
+
+def test_fit_evaluate_predict_with_plain_pairs():
+    model = make("encdec", dropout=0.0)
+    # Tracing takes most of the time of such a test; the one above has a graph.
+    model.compile(optimizer=keras.optimizers.Adam(3e-3), run_eagerly=True)
+    data = dataset(None)
+    history = model.fit(data, epochs=6, verbose=0, shuffle=False).history
+    assert set(history) == {"loss", "seg_loss", "dice_1", "dice_2"}
+    assert history["loss"] == history["seg_loss"]
+    assert history["loss"][-1] < history["loss"][0]
+
+    scores = model.evaluate(data, verbose=0, return_dict=True)
+    predicted = model.predict(data.map(lambda image, label: image), verbose=0)
+    assert predicted.shape == (4, *CROP, 3)
+    images, labels = (np.concatenate(part) for part in zip(*data, strict=True))
+    np.testing.assert_allclose(predicted, model(images), atol=1e-4)
+    loss = np.mean(SegmentationLoss(model.regions)(labels, predicted))
+    assert scores["seg_loss"] == pytest.approx(loss, rel=1e-4)
+    for value in (1, 2):
+        mask, truth = predicted.argmax(-1) == value, labels == value
+        dice = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
+        assert scores[f"dice_{value}"] == pytest.approx(dice, rel=1e-5)
+
+
+def test_label_maps_may_have_a_channel_axis(model):
+    images, labels, labeled = batch([1, 1])
+    plain = one_step(model, (images, labels))[0]["seg_loss"]
+    assert model.regions.num_outputs == 3
+    restored = compiled()
+    assert one_step(restored, (images, labels[..., None], labeled))[0]["seg_loss"] == pytest.approx(
+        plain, rel=1e-5
+    )

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from tfmtseg.files import atomic_path, write_json, write_text
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_and_replaces(tmp_path):
+    path = tmp_path / "new" / "folder" / "a.txt"
+    write_text(path, "old")
+    write_text(str(path), "naïve µ\n")
+    assert path.read_bytes() == "naïve µ\n".encode()
+    assert names(path.parent) == ["a.txt"]
+
+
+def test_an_exception_keeps_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with pytest.raises(KeyboardInterrupt), atomic_path(path) as temporary:  # noqa: PT012
+        temporary.write_text("half of the n")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_an_exception_leaves_no_new_file(tmp_path):
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.txt"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_a_failing_move_leaves_no_temporary_file(tmp_path):
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(OSError, match="irectory"):
+        write_text(tmp_path / "a.txt", "text")
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_readers_see_the_old_file_until_the_end(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "old")
+    with atomic_path(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert temporary.parent == path.parent  # a move between file systems is no move
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.nii.gz", ".hidden.npy"])
+def test_the_temporary_name_ends_like_the_files(tmp_path, name):
+    suffix = name[name.index(".", 1) :]
+    with atomic_path(tmp_path / name) as temporary:
+        assert temporary.name.endswith(suffix)
+        if suffix == ".npy":
+            np.save(temporary, np.arange(3))  # would add a suffix that is missing
+    assert names(tmp_path) == [name]
+
+
+def test_content_is_on_the_disk_before_the_move(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), replace(*paths))[1])
+    write_text(tmp_path / "a.txt", "text")
+    assert calls == ["fsync", "replace", "fsync"]  # file, move, folder
+
+
+def test_file_modes_follow_the_umask(tmp_path):
+    old = os.umask(0o027)
+    try:
+        write_text(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == 0o640
+
+
+def test_json(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"µ": [1, 2.5, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"µ": [1, 2.5, None]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"a": float("nan")})  # no reader but Python's knows NaN
+    assert json.loads(path.read_text(encoding="utf-8")) == {"µ": [1, 2.5, None]}

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tfmtseg.errors import InputError
+from tfmtseg.regions import PRESETS, Regions
+
+BRATS = Regions.parse("brats_msd")
+
+
+def test_preset_is_the_decathlons_numbering():
+    assert BRATS.names == ("WT", "TC", "ET")
+    assert BRATS.members == ((1, 2, 3), (2, 3), (3,))
+    assert BRATS.nested
+    assert Regions.parse("WT=1,2,3;TC=2,3;ET=3") == BRATS
+    assert Regions.parse("WT = 1, 2,3; TC=2 ,3; ET=3") == BRATS
+
+
+def test_presets_are_valid():
+    for name in PRESETS:
+        assert Regions.parse(name).nested
+
+
+def test_sizes():
+    exclusive = Regions.exclusive(["a", "b", "c"])
+    assert (exclusive.head_sizes, exclusive.num_outputs, exclusive.max_label) == ((4,), 4, 3)
+    assert (BRATS.head_sizes, BRATS.num_outputs, BRATS.max_label) == ((2, 2, 2), 6, 3)
+    sparse = Regions.parse("whole=1,4;core=4")
+    assert (sparse.num_outputs, sparse.max_label) == (4, 4)
+
+
+def test_masks_of_exclusive_regions():
+    masks = Regions.exclusive(["a", "b"]).masks(np.array([[0, 1], [2, 1]]))
+    assert masks.dtype == bool
+    np.testing.assert_array_equal(masks[..., 0], [[False, True], [False, True]])
+    np.testing.assert_array_equal(masks[..., 1], [[False, False], [True, False]])
+
+
+def test_masks_of_nested_regions():
+    masks = BRATS.masks(np.array([0, 1, 2, 3], np.uint8))
+    expected = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    np.testing.assert_array_equal(masks, np.array(expected, bool))
+
+
+def test_label_map_of_exclusive_regions():
+    logits = np.array([[2.0, 1, 0], [0, 1, 0], [-3, -2, -1]])
+    label_map = Regions.exclusive(["a", "b"]).label_map(logits)
+    assert label_map.dtype == np.uint8
+    np.testing.assert_array_equal(label_map, [0, 1, 2])
+
+
+def test_label_map_paints_from_large_to_small():
+    yes, no = [0.0, 1.0], [1.0, 0.0]
+    logits = np.array(
+        [
+            [*no, *no, *no],
+            [*yes, *no, *no],
+            [*yes, *yes, *no],
+            [*yes, *yes, *yes],
+            [*no, *no, *yes],  # the smallest region wins over larger ones that disagree
+            [*no, *yes, *no],
+        ]
+    )
+    np.testing.assert_array_equal(BRATS.label_map(logits), [0, 1, 2, 3, 3, 2])
+
+
+def test_label_map_takes_the_lowest_label_of_its_own():
+    # Between whole and core lie the labels 1 and 2: a voxel of the shell gets 1.
+    regions = Regions.parse("whole=1,2,4;core=4")
+    logits = np.array([[0.0, 1, 1, 0], [0, 1, 0, 1]])
+    np.testing.assert_array_equal(regions.label_map(logits), [1, 4])
+
+
+@pytest.mark.parametrize("regions", [BRATS, Regions.exclusive(["a", "b", "c"])])
+def test_masks_of_a_label_map_survive_the_round_trip(regions):
+    truth = np.random.default_rng(0).integers(4, size=(5, 4, 3))
+    if regions.nested:
+        masks = regions.masks(truth)[..., None]
+        logits = np.concatenate([~masks, masks], -1).reshape(*truth.shape, 6).astype(float)
+    else:
+        logits = np.eye(4)[truth]
+    np.testing.assert_array_equal(regions.label_map(logits), truth)
+
+
+@pytest.mark.parametrize("regions", [BRATS, Regions.exclusive(["a", "b"])])
+def test_config_round_trip_through_json(regions):
+    assert Regions.from_config(json.loads(json.dumps(regions.get_config()))) == regions
+
+
+@pytest.mark.parametrize("text", ["", "brats", "WT", "WT=", "WT=a", "WT=1=2", "WT=1,2;", "=;="])
+def test_text_that_is_no_definition(text):
+    with pytest.raises(InputError, match=r"--regions: value is .* Fix: "):
+        Regions.parse(text)
+
+
+@pytest.mark.parametrize("text", ["WT=1,2;TC=3", "WT=1,2;TC=1,2", "ET=3;TC=2,3"])
+def test_regions_that_are_not_nested(text):
+    with pytest.raises(InputError, match="a proper part of"):
+        Regions.parse(text)
+
+
+def test_names_must_be_there_and_differ():
+    with pytest.raises(InputError, match="one per region"):
+        Regions.exclusive([])
+    with pytest.raises(InputError, match="all different"):
+        Regions.exclusive(["a", "a"])
+    with pytest.raises(InputError, match="one per region"):
+        Regions(("a", "b"), ((1,),), nested=False)
+
+
+def test_a_name_given_twice_is_refused():
+    with pytest.raises(InputError, match="all different"):
+        Regions.parse("WT=1,2,3;WT=2,3")
+
+
+@pytest.mark.parametrize("text", ["WT=0,1,2;TC=2", "WT=-1,2;TC=2", "=1,2;TC=2"])
+def test_every_region_has_a_name_and_no_background(text):
+    with pytest.raises(InputError, match="above 0"):
+        Regions.parse(text)
+
+
+def test_exclusive_labels_have_no_gap():
+    with pytest.raises(InputError, match="without a gap"):
+        Regions(("a", "b"), ((1,), (3,)), nested=False)

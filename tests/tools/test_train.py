@@ -1,0 +1,130 @@
+"""The training script as users call it, with input that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tfmtseg.data.phantom import write_phantoms
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def call(tool: str, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    write_phantoms(folder, 3, seed=2, shape=(24, 24, 24))
+    return folder
+
+
+def change_label(data: Path, change) -> None:
+    path = data / "labelsTr" / "PHANTOM_002.nii.gz"
+    image = nib.load(path)
+    voxels = change(np.asanyarray(image.dataobj).copy())
+    nib.save(nib.Nifti1Image(voxels, image.affine), path)
+
+
+def test_all_bad_cases_are_listed_and_nothing_is_left_half_written(data, tmp_path):
+    def out_of_range(voxels):
+        voxels[0, 0, 0] = 9
+        return voxels
+
+    change_label(data, out_of_range)
+    image = nib.load(data / "imagesTr" / "PHANTOM_003.nii.gz")
+    voxels = np.asanyarray(image.dataobj).astype(np.float32)
+    voxels[1, 1, 1, 0] = np.nan
+    nib.save(nib.Nifti1Image(voxels, image.affine), data / "imagesTr" / "PHANTOM_003.nii.gz")
+    model_dir = tmp_path / "run"
+    done = call(
+        "train", f"--data_dir={data}", f"--model_dir={model_dir}", "--regions=brats_msd",
+        "--method=encdec",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "2 problems found" in done.stderr
+    for name in ("PHANTOM_002", "PHANTOM_003"):
+        line = next(line for line in done.stderr.splitlines() if name in line)
+        assert " is " in line
+        assert ", must be " in line
+        assert " Fix: " in line
+    assert not (model_dir / "config.yaml").exists()
+    assert not list(model_dir.rglob("PHANTOM_003*"))
+    assert not list(model_dir.rglob(".tmp-*"))
+
+
+def test_label_of_another_shape(data, tmp_path):
+    change_label(data, lambda voxels: voxels[:-1])
+    done = call("train", f"--data_dir={data}", f"--model_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "(23, 24, 24)" in done.stderr
+    assert "(24, 24, 24)" in done.stderr
+
+
+def test_missing_partner(data, tmp_path):
+    (data / "labelsTr" / "PHANTOM_001.nii.gz").unlink()
+    done = call("train", f"--data_dir={data}", f"--model_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "PHANTOM_001.nii.gz" in done.stderr
+
+
+def test_misspelt_settings_file(data, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("widht: 8\n")
+    done = call(
+        "train", f"--data_dir={data}", f"--model_dir={tmp_path / 'run'}", f"--config_file={path}"
+    )
+    assert done.returncode == 2
+    assert "mine.yaml: setting 'widht' is unknown" in done.stderr
+
+
+def test_folder_without_description(tmp_path):
+    write_phantoms(tmp_path / "data", 1, seed=1, shape=(24, 24, 24))
+    images = tmp_path / "images"
+    shutil.copytree(tmp_path / "data" / "imagesTr", images)
+    done = call("train", f"--data_dir={images}", f"--model_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    assert "Fix: " in done.stderr
+
+
+@pytest.mark.parametrize("tool", ["evaluate", "predict"])
+def test_tools_refuse_a_folder_without_a_run(tool, tmp_path, data):
+    flags = [f"--model_dir={tmp_path / 'none'}"]
+    if tool == "predict":
+        flags += [f"--images_dir={data / 'imagesTr'}", f"--output_dir={tmp_path / 'out'}"]
+    done = call(tool, *flags)
+    assert done.returncode == 2
+    assert "training run is missing" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_real_broken_cases_are_refused_in_training(shared_data, tmp_path):
+    """An image without label, and two labels without their image."""
+    folder = tmp_path / "data"
+    for kind, target in (("images", "imagesTr"), ("labels", "labelsTr")):
+        (folder / target).mkdir(parents=True)
+        for path in (shared_data / "broken_originals" / kind).glob("*.nii.gz"):
+            shutil.copy(path, folder / target)
+    names = ["hippocampus_010", "hippocampus_118", "hippocampus_281"]
+    description = {
+        "modality": {"0": "MRI"},
+        "labels": {"0": "background", "1": "Anterior", "2": "Posterior"},
+        "training": [
+            {"image": f"./imagesTr/{n}.nii.gz", "label": f"./labelsTr/{n}.nii.gz"} for n in names
+        ],
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+    done = call("train", f"--data_dir={folder}", f"--model_dir={tmp_path / 'run'}")
+    assert done.returncode == 2
+    for name in names:
+        assert name in done.stderr

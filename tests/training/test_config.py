@@ -1,0 +1,106 @@
+"""Settings: kinds, rules, YAML, presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tfmtseg.data.augment import Augmentation
+from tfmtseg.errors import InputError
+from tfmtseg.training.config import TrainConfig, find_preset, read_settings
+
+GOOD = TrainConfig(data_dir="data", model_dir="model")
+
+
+def test_defaults_pass_the_check():
+    GOOD.check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data_dir", ""),
+        ("method", "magic"),
+        ("width", 12),
+        ("overlap", 1.0),
+        ("train_steps", 150),
+        ("crop", (32, 30, 32)),
+        ("num_labeled", -1),
+        ("labeled_per_step", 0),
+        ("scale", 0.9),
+        ("contrastive_form", "other"),
+        ("learning_rate", 0.0),
+    ],
+)
+def test_bad_settings_are_named_with_a_mend(field, value):
+    with pytest.raises(InputError, match=rf"^--{field}: value is .* must be .* Fix: ") as caught:
+        dataclasses.replace(GOOD, **{field: value}).check()
+    assert repr(value) in str(caught.value)
+
+
+def test_the_fix_for_train_steps_is_right():
+    with pytest.raises(InputError, match="choose 200"):
+        dataclasses.replace(GOOD, train_steps=150, steps_per_epoch=100).check()
+
+
+def test_yaml_round_trip(tmp_path):
+    config = dataclasses.replace(
+        GOOD, crop=(32, 48, 32), flips=(False, True, False), subject_regex=r"a_(\d+)"
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert TrainConfig.from_mapping(read_settings(path), str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"widht": 8}, "widht"),
+        ({"width": "eight"}, "width"),
+        ({"width": 8.5}, "width"),
+        ({"crop": [32, 32]}, "crop"),
+        ({"flips": ["maybe", "no", "no"]}, "flips"),
+        ({"width": True}, "width"),
+        ({"data_dir": 5}, "data_dir"),
+    ],
+)
+def test_unknown_names_and_wrong_kinds_are_refused(values, word):
+    with pytest.raises(InputError, match=rf"^here: setting '{word}'"):
+        TrainConfig.from_mapping(values, "here")
+
+
+def test_flag_strings_become_tuples():
+    config = TrainConfig.from_mapping({"crop": ["8", "16", "24"], "flips": ["true"] * 3}, "flags")
+    assert config.crop == (8, 16, 24)
+    assert config.flips == (True, True, True)
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [", ""])
+def test_settings_file_must_be_a_mapping(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"bad\.yaml"):
+        read_settings(path)
+
+
+def test_missing_settings_file(tmp_path):
+    with pytest.raises(InputError, match="unreadable"):
+        read_settings(tmp_path / "none.yaml")
+
+
+def test_every_augmentation_strength_is_a_setting_with_the_same_default():
+    assert GOOD.augmentation == Augmentation()
+
+
+def test_shipped_settings_are_valid_and_found_by_name():
+    preset = find_preset("Hippocampus")
+    assert preset is not None
+    config = TrainConfig.from_mapping(read_settings(preset), str(preset))
+    dataclasses.replace(config, data_dir="d", model_dir="m").check()
+    assert config.flips == (False, False, False)
+    assert find_preset("something else") is None
+    assert find_preset("") is None
+    for path in Path(preset).parent.glob("*.yaml"):
+        TrainConfig.from_mapping(read_settings(path), str(path))

@@ -1,0 +1,236 @@
+"""Whole runs on small phantoms: files, privacy of labels, breaks, evaluation, prediction."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.errors import InputError
+from tfmtseg.inference.evaluate import evaluate
+from tfmtseg.inference.predict import predict_folder
+from tfmtseg.training.config import TrainConfig
+from tfmtseg.training.run import load_run, train
+
+ROOT = Path(__file__).resolve().parents[2]
+REGIONS = ("WT", "TC", "ET")
+
+
+def settings(data: Path, model_dir: Path, **changes) -> TrainConfig:
+    config = TrainConfig(
+        data_dir=str(data),
+        model_dir=str(model_dir),
+        method="sscpcseg",
+        regions="brats_msd",
+        num_labeled=2,
+        num_development=1,
+        num_test=2,
+        width=8,
+        predictor_blocks=1,
+        crop=(32, 32, 32),
+        train_steps=4,
+        steps_per_epoch=2,
+        learning_rate=3e-3,
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    data = tmp_path_factory.mktemp("phantoms") / "data"
+    write_phantoms(data, 7, seed=1, shape=(40, 40, 40))
+    return data
+
+
+@pytest.fixture(scope="module")
+def opened(phantoms, tmp_path_factory):
+    """A finished run, and the files that were opened while it trained."""
+    paths = []
+    active = True
+
+    def hook(event, arguments):
+        if active and event == "open" and isinstance(arguments[0], (str, bytes)):
+            paths.append(os.fsdecode(arguments[0]))
+
+    sys.addaudithook(hook)
+    directory = tmp_path_factory.mktemp("run") / "run"
+    train(settings(phantoms, directory))
+    active = False
+    return load_run(directory), paths
+
+
+def test_labels_of_unlabelled_and_test_cases_are_never_opened(opened, phantoms):
+    run, paths = opened
+    labels = {Path(p).name[: -len(".nii.gz")] for p in paths if "/labelsTr/" in p}
+    assert labels == {*run.splits.labeled, *run.splits.development}
+    images = {Path(p).name[: -len(".nii.gz")] for p in paths if "/imagesTr/" in p}
+    assert images == labels | set(run.splits.unlabeled)
+    assert len(run.splits.test) == 2
+    assert len(run.splits.unlabeled) == 2
+
+
+def test_run_folder(opened):
+    run, _ = opened
+    result = json.loads((run.directory / "result.json").read_text())
+    assert result["method"] == "sscpcseg"
+    assert result["num_labeled"] == 2
+    assert result["num_unlabeled"] == 2
+    with (run.directory / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["2", "4"]
+    needed = {"seg_loss", "cpc_loss", "dice_WT", "val_seg_loss", "val_cpc_loss", "val_dice_ET"}
+    assert needed <= set(rows[0])
+    events = list((run.directory / "tensorboard").rglob("events*"))
+    assert len(events) == 2
+    content = b"".join(path.read_bytes() for path in events)
+    for name in (b"loss/seg", b"loss/cpc", b"dice/WT", b"images/overlay"):
+        assert name in content
+    assert (run.directory / "splits" / "labeled.txt").exists()
+
+
+def test_the_same_command_again_changes_nothing(opened, phantoms):
+    run, _ = opened
+    before = (run.directory / "result.json").stat().st_mtime_ns
+    train(settings(phantoms, run.directory))
+    assert (run.directory / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_of_another_run_is_refused(opened, phantoms):
+    run, _ = opened
+    with pytest.raises(InputError, match="seed is 0, must be 5"):
+        train(settings(phantoms, run.directory, seed=5))
+
+
+@pytest.fixture(scope="module")
+def evaluated(opened):
+    run, _ = opened
+    return run, evaluate(run.directory)
+
+
+def test_evaluation_files(evaluated):
+    run, summary = evaluated
+    directory = run.directory / "evaluation" / "test"
+    with (directory / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == list(run.splits.test)
+    for name in REGIONS:
+        assert 0 <= float(rows[0][f"dice_{name}"]) <= 1
+        assert float(rows[0][f"hd95_mm_{name}"]) >= 0
+        assert rows[0][f"empty_truth_{name}"] in ("0", "1")
+    assert 0 < summary["shape_prior"]["mean_dice"] < 1
+    assert "<html" in (directory / "report.html").read_text()
+
+
+def test_predictions_have_the_geometry_of_their_images(evaluated):
+    run, _ = evaluated
+    for name in run.splits.test:
+        image = nib.load(Path(run.config.data_dir) / "imagesTr" / f"{name}.nii.gz")
+        label = nib.load(run.directory / "evaluation" / "test" / "predictions" / f"{name}.nii.gz")
+        assert label.shape == image.shape[:3]
+        np.testing.assert_array_equal(label.affine, image.affine)
+        assert label.get_data_dtype() == np.uint8
+        assert set(np.unique(np.asanyarray(label.dataobj))) <= {0, 1, 2, 3}
+
+
+def test_prediction_needs_neither_labels_nor_the_training_data(evaluated, phantoms, tmp_path):
+    run, _ = evaluated
+    images = tmp_path / "images"
+    images.mkdir()
+    name = run.splits.test[0]
+    shutil.copy(phantoms / "imagesTr" / f"{name}.nii.gz", images)
+    moved = tmp_path / "run"
+    shutil.copytree(run.directory, moved)
+    config = (moved / "config.yaml").read_text()
+    (moved / "config.yaml").write_text(config.replace(str(phantoms), "/nowhere"))
+    written = predict_folder(moved, images, tmp_path / "out")
+    assert [path.name for path in written] == [f"{name}.nii.gz"]
+    again = nib.load(written[0])
+    first = nib.load(run.directory / "evaluation" / "test" / "predictions" / f"{name}.nii.gz")
+    np.testing.assert_array_equal(np.asanyarray(again.dataobj), np.asanyarray(first.dataobj))
+
+
+def test_unfinished_and_missing_runs_are_told_apart(tmp_path):
+    with pytest.raises(InputError, match="training run is missing"):
+        load_run(tmp_path / "none")
+    (tmp_path / "config.yaml").write_text("width: 8\n")
+    with pytest.raises(InputError, match="training run is not finished"):
+        load_run(tmp_path)
+
+
+def flags_of(config: TrainConfig) -> list[str]:
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            found.append(f"--{field.name}={text}")
+    return found
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(opened, phantoms, tmp_path):
+    """kill -9 after the first checkpoint, then the same command: nothing is different."""
+    run, _ = opened
+    config = settings(phantoms, tmp_path / "run", cache_dir=str(run.directory / "cache"))
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), *flags_of(config)]
+    killer = (
+        "import os, signal, sys; sys.argv = sys.argv[1:]\n"
+        "from tfmtseg.training import callbacks\n"
+        "save = callbacks.Checkpoints.on_epoch_end\n"
+        "def stop(self, epoch, logs=None):\n"
+        "    save(self, epoch, logs)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "callbacks.Checkpoints.on_epoch_end = stop\n"
+        "from tfmtseg.tools import train\n"
+        "train.run()\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", killer, *command[1:]], capture_output=True, text=True, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    assert not (tmp_path / "run" / "result.json").exists()
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "Going on after step 2" in resumed.stdout
+    for ours, theirs in zip(
+        load_run(tmp_path / "run").model.trainable_variables,
+        run.model.trainable_variables,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_real_brain_tumours(shared_data, tmp_path):
+    """Two channels, nested regions, LPS axes, 4-D files: train, evaluate, compare geometry."""
+    config = settings(
+        shared_data / "Task01_BraTS2015_2ch_2mm",
+        tmp_path / "run",
+        method="encdec",
+        num_development=0,
+        train_steps=2,
+        steps_per_epoch=1,
+        crop=(64, 64, 32),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(config)
+        summary = evaluate(config.model_dir)
+    assert summary["num_cases"] == 2
+    run = load_run(config.model_dir)
+    for name in run.splits.test:
+        image = nib.load(Path(config.data_dir) / "imagesTr" / f"{name}.nii.gz")
+        label = nib.load(run.directory / "evaluation" / "test" / "predictions" / f"{name}.nii.gz")
+        assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+        assert label.shape == image.shape[:3]
+        np.testing.assert_array_equal(label.affine, image.affine)

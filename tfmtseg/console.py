@@ -1,0 +1,35 @@
+"""How the command-line scripts tell what is wrong with their input."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+from tfmtseg.errors import InputError, InputErrors, InputWarning
+
+BAD_INPUT = 2  # exit status
+
+
+def report_problems(action: Callable[[], None]) -> int:
+    """Runs `action`; problems with the input become lines on standard error.
+
+    Returns:
+        The exit status: 0, or 2 if the input cannot be used.
+    """
+    show = warnings.showwarning
+
+    def one_line(message: Warning | str, category: type[Warning], *place: object) -> None:
+        if issubclass(category, InputWarning):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *place)  # type: ignore[arg-type]
+
+    with warnings.catch_warnings():
+        warnings.showwarning = one_line  # type: ignore[assignment]
+        try:
+            action()
+        except (InputError, InputErrors) as error:
+            print(error, file=sys.stderr)
+            return BAD_INPUT
+    return 0

@@ -1,0 +1,194 @@
+"""What happens beside the updates: progress, history, TensorBoard, checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tqdm import tqdm
+
+from tfmtseg import compat
+from tfmtseg.compat import keras
+from tfmtseg.files import write_text
+
+# Label colours of overlays; a region's colour is the same everywhere in a run.
+COLOURS = np.array(
+    [[230, 85, 60], [70, 150, 230], [250, 200, 60], [120, 200, 90], [180, 110, 220]], np.float32
+)
+
+
+class Progress(keras.callbacks.Callback):
+    """One bar over all updates, with the time left and the losses of late.
+
+    Args:
+        total_steps: Updates in all.
+        first_step: Updates made by an earlier call.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0):
+        super().__init__()
+        self.total_steps = total_steps
+        self.first_step = first_step
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Opens the bar."""
+        self.bar = tqdm(
+            total=self.total_steps,
+            initial=self.first_step,
+            desc="Training",
+            unit="step",
+            # A file gets a line now and then, a terminal a live bar.
+            mininterval=0.5 if sys.stderr.isatty() else 20.0,
+        )
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Moves the bar."""
+        shown = {k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k.endswith("_loss")}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Closes the bar."""
+        self.bar.close()
+
+
+class History(keras.callbacks.Callback):
+    """Writes one line per virtual epoch to a CSV file; goes on where it stopped.
+
+    Args:
+        path: The file.
+        steps_per_epoch: Updates per line.
+        schedule: Maps a step to its learning rate.
+    """
+
+    def __init__(self, path: Path, steps_per_epoch: int, schedule: Any):
+        super().__init__()
+        self.path = path
+        self.steps_per_epoch = steps_per_epoch
+        self.schedule = schedule
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Adds a line; lines of this and later epochs, left by a break, go."""
+        step = (epoch + 1) * self.steps_per_epoch
+        self.rows = [row for row in self.rows if int(row["step"]) < step]
+        values = {name: float(value) for name, value in sorted((logs or {}).items())}
+        values.pop("learning_rate", None)
+        rate = float(self.schedule(step - 1))
+        self.rows.append({"step": step, "learning_rate": rate, **values})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_text(self.path, text.getvalue())
+
+
+class TensorBoard(keras.callbacks.Callback):
+    """One tag per loss term, Dice per region, and a picture.
+
+    Tags: `loss/seg`, `dice/WT`, `cpc/accuracy`, `images/overlay`; held-out values go
+    to a writer of their own and share the plots.
+
+    Args:
+        directory: Folder of the event files.
+        steps_per_epoch: Updates per point.
+        example: `(images, labels)` whose first volume is drawn: image, truth and
+            prediction beside each other in the axial slice with most foreground.
+    """
+
+    def __init__(
+        self, directory: Path, steps_per_epoch: int, example: tuple[np.ndarray, np.ndarray]
+    ):
+        super().__init__()
+        self.steps_per_epoch = steps_per_epoch
+        self.image = example[0][:1]
+        self.label_map = example[1][0]
+        self.writers = {
+            kind: tf.summary.create_file_writer(str(directory / kind))
+            for kind in ("training", "held_out")
+        }
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Writes the values of this epoch."""
+        step = (epoch + 1) * self.steps_per_epoch
+        for name, value in (logs or {}).items():
+            kind = "held_out" if name.startswith("val_") else "training"
+            with self.writers[kind].as_default():
+                tf.summary.scalar(tag(name.removeprefix("val_")), float(value), step)
+        logits = self.model(self.image, training=False).numpy()[0]
+        predicted = self.model.regions.label_map(logits)
+        with self.writers["training"].as_default():
+            picture = overlay(self.image[0, ..., 0], self.label_map, predicted)
+            tf.summary.image("images/overlay", picture[None], step)
+        for writer in self.writers.values():
+            writer.flush()
+
+
+def tag(name: str) -> str:
+    """TensorBoard's tag for a logged value: `seg_loss` -> `loss/seg`, `dice_WT` -> `dice/WT`."""
+    if name == "loss":
+        return "loss/total"
+    if name.endswith("_loss"):
+        return f"loss/{name.removesuffix('_loss')}"
+    return name.replace("_", "/", 1)
+
+
+def overlay(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Image, truth and prediction in the axial slice with most foreground.
+
+    Args:
+        image: Float, `(x, y, z)`.
+        truth: Label map of the same shape.
+        predicted: Likewise.
+
+    Returns:
+        `uint8`, `(height, 3 * width, 3)`.
+    """
+    z = int(np.argmax((truth > 0).sum((0, 1))))
+    low, high = np.percentile(image[:, :, z], [1, 99])
+    grey = np.clip((image[:, :, z] - low) / max(high - low, 1e-6), 0, 1) * 255
+    panels = []
+    for label_map in (np.zeros_like(truth), truth, predicted):
+        picture = np.repeat(grey[..., None], 3, -1)
+        inside = label_map[:, :, z] > 0
+        colours = COLOURS[(label_map[:, :, z][inside].astype(int) - 1) % len(COLOURS)]
+        picture[inside] = 0.5 * picture[inside] + 0.5 * colours
+        panels.append(np.rot90(picture))  # anterior up
+    return np.concatenate(panels, 1).astype(np.uint8)
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """Saves weights and optimizer after each virtual epoch, and restores the last save.
+
+    Args:
+        model: A compiled model with built weights and optimizer.
+        directory: Folder of the checkpoints; the last two are kept.
+    """
+
+    def __init__(self, model: keras.Model, directory: Path):
+        super().__init__()
+        self.optimizer = model.optimizer
+        self.state = tf.train.Checkpoint(
+            model=compat.tensorflow_variables(model.trainable_variables),
+            optimizer=compat.tensorflow_variables(model.optimizer.variables),
+        )
+        self.manager = tf.train.CheckpointManager(self.state, str(directory), max_to_keep=2)
+
+    def restore(self) -> int:
+        """Brings back the last save, if there is one; returns the updates made so far."""
+        latest = self.manager.latest_checkpoint
+        if latest is not None:
+            self.state.restore(latest).assert_consumed()
+        return int(compat.iterations(self.optimizer))
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Saves."""
+        self.manager.save()

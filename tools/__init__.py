@@ -1,0 +1,1 @@
+"""The command-line scripts, installed as `tfmtseg.tools`."""
