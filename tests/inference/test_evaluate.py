@@ -66,14 +66,16 @@ def make_run(data, tmp_path, monkeypatch):
     """Makes finished runs, whose network calls every normalised value above 1 a blob."""
 
     def threshold(batch: np.ndarray) -> np.ndarray:
-        assert batch.shape[1:] == (8, 8, 8, 1)
+        assert all(size % 8 == 0 for size in batch.shape[1:4])
         return np.concatenate([np.zeros_like(batch), batch - 1], axis=-1)
 
     def load(model_dir: str | Path) -> SimpleNamespace:
         folder = read_data_folder(data)
         return SimpleNamespace(
             directory=Path(model_dir),
-            config=SimpleNamespace(method="encdec", window=(8, 8, 8), overlap=0.5),
+            config=SimpleNamespace(method="encdec", crop=(8, 8, 8), overlap=0.5),
+            modalities=folder.modalities,
+            model=SimpleNamespace(encoder=SimpleNamespace(reduction=(8, 8, 8))),
             folder=folder,
             regions=folder.regions,
             splits=Splits(("train",), (), (), ("exact", "half")),
@@ -196,7 +198,8 @@ def test_small_volumes_are_padded_with_their_background():
         return np.concatenate([batch, -batch], axis=-1)
 
     run = SimpleNamespace(
-        config=SimpleNamespace(window=(4, 4, 4), overlap=0.5),
+        config=SimpleNamespace(crop=(4, 4, 4), overlap=0.5),
+        model=SimpleNamespace(encoder=SimpleNamespace(reduction=(4, 4, 4))),
         regions=Regions.exclusive(["blob"]),
         predict_logits=remember,
     )

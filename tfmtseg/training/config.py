@@ -155,11 +155,6 @@ class TrainConfig:
                 raise InputError(f"--{name}", "value", repr(getattr(self, name)), rule, fix)
 
     @property
-    def window(self) -> Three:
-        """Size of an inference window: that of a training patch."""
-        return self.crop
-
-    @property
     def augmentation(self) -> Augmentation:
         """The augmentation's share of the settings."""
         names = [f.name for f in fields(Augmentation)]

@@ -337,7 +337,7 @@ class Run:
 
     @cached_property
     def _forward(self) -> Any:
-        shape = (None, *self.config.window, len(self.modalities))
+        shape = (None, None, None, None, len(self.modalities))
         signature = [tf.TensorSpec(shape, tf.float32)]
         return tf.function(lambda images: self.model(images, training=False), signature)
 
@@ -345,10 +345,11 @@ class Run:
         """Logits of windows.
 
         Args:
-            images: Normalised, float32, `(n, *config.window, modalities)`.
+            images: Normalised, float32, `(n, x, y, z, modalities)`; each spatial size a
+                multiple of the encoder's reduction.
 
         Returns:
-            Float32, `(n, *config.window, regions.num_outputs)`.
+            Float32, `(n, x, y, z, regions.num_outputs)`.
         """
         return self._forward(images).numpy()
 
