@@ -35,7 +35,7 @@ ALLOWED = {
     # Above all parts, only for tools/:
     "console": {"errors"},
     "demo": BASE | {"ops", "losses", "metrics", "models", "data", "training", "inference"},
-    "__init__": {"regions", "version", "models"},
+    "__init__": {"compat", "regions", "version", "models"},
 }
 
 

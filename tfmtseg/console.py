@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ def report_problems(action: Callable[[], None]) -> int:
     Returns:
         The exit status: 0, or 2 if the input cannot be used.
     """
+    logging.getLogger("absl").setLevel(logging.WARNING)  # TensorFlow tells of every checkpoint
     show = warnings.showwarning
 
     def one_line(message: Warning | str, category: type[Warning], *place: object) -> None:

@@ -49,7 +49,7 @@ def run_demo(directory: Path) -> Path:
             crop=(32, 32, 32),
             cube_size=16,
             flips=(True, False, False),
-            train_steps=120,
+            train_steps=80,
             steps_per_epoch=20,
             learning_rate=3e-3,
             ema_momentum=0.97,

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from tfmtseg.inference.sliding_window import (
-    choose_window,
     gaussian_window,
     sliding_window_logits,
     window_starts,
@@ -151,21 +150,3 @@ def test_the_volume_is_left_alone():
     before = volume.copy()
     sliding_window_logits(np.copy, volume, WINDOW, background=(0, 0))
     np.testing.assert_array_equal(volume, before)
-
-
-@pytest.mark.parametrize(
-    ("size", "window"),
-    [
-        ((32, 48, 32), (32, 48, 32)),  # the crop itself
-        ((20, 48, 32), (24, 48, 32)),  # shorter: rounded up, not padded to the crop
-        ((35, 50, 47), (40, 56, 48)),  # a little longer: in one piece
-        ((48, 72, 49), (48, 72, 32)),  # one and a half crops are in one piece, more are not
-        ((500, 300, 200), (32, 48, 32)),
-    ],
-)
-def test_choose_window(size, window):
-    assert choose_window(size, (32, 48, 32), (8, 8, 8)) == window
-
-
-def test_choose_window_per_axis():
-    assert choose_window((100, 100, 9), (96, 96, 8), (8, 8, 1)) == (104, 104, 9)

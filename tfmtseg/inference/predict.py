@@ -13,7 +13,7 @@ from tfmtseg.data.cases import Case, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_label_map
 from tfmtseg.data.preprocess import Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors
-from tfmtseg.inference.sliding_window import choose_window, sliding_window_logits
+from tfmtseg.inference.sliding_window import sliding_window_logits
 from tfmtseg.training.run import Run, load_run
 
 
@@ -81,7 +81,7 @@ def predict_volume(run: Run, volume: Normalized) -> np.ndarray:
     logits = sliding_window_logits(
         run.predict_logits,
         volume.values(),
-        choose_window(volume.voxels.shape[:3], run.config.crop, run.model.encoder.reduction),
+        run.config.crop,
         background=volume.background,
         overlap=run.config.overlap,
     )

@@ -35,31 +35,6 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
     return [*range(0, last, step), last]
 
 
-def choose_window(
-    size: Sequence[int], crop: Sequence[int], multiple: Sequence[int]
-) -> tuple[int, int, int]:
-    """The window for a volume: the training crop, or a whole axis that is not much longer.
-
-    An axis up to one and a half crops long is taken in one piece, rounded up to what
-    the network divides by. Two windows would share most of it, cost more, and each
-    would miss the other's surroundings; an axis shorter than the crop is not padded
-    to it. A window holds at most 3.4 times the voxels of the crop.
-
-    Args:
-        size: Voxels of the volume per axis.
-        crop: Voxels of a training patch.
-        multiple: What the window must be a multiple of, per axis.
-
-    Returns:
-        Voxels of the window.
-    """
-    x, y, z = (
-        -(-n // step) * step if 2 * n <= 3 * length else length
-        for n, length, step in zip(size, crop, multiple, strict=True)
-    )
-    return x, y, z
-
-
 def gaussian_window(window: Sequence[int]) -> np.ndarray:
     """Weights of a window's voxels: large in the middle, small at the border.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,12 +64,6 @@ class Encoder(keras.layers.Layer):
             for i, count in enumerate(BLOCKS)
             for j in range(count)
         ]
-
-    @property
-    def reduction(self) -> Factors:
-        """How much smaller the last level is; images must be a multiple of it."""
-        x, y, z = (math.prod(factors) for factors in zip(*self.strides, strict=True))
-        return x, y, z
 
     def build(self, input_shape: Any) -> None:
         """Builds all levels; only the channels of `input_shape` matter."""

@@ -337,7 +337,7 @@ class Run:
 
     @cached_property
     def _forward(self) -> Any:
-        shape = (None, None, None, None, len(self.modalities))
+        shape = (None, *self.config.crop, len(self.modalities))
         signature = [tf.TensorSpec(shape, tf.float32)]
         return tf.function(lambda images: self.model(images, training=False), signature)
 
@@ -345,11 +345,10 @@ class Run:
         """Logits of windows.
 
         Args:
-            images: Normalised, float32, `(n, x, y, z, modalities)`; each spatial size a
-                multiple of the encoder's reduction.
+            images: Normalised, float32, `(n, *config.crop, modalities)`.
 
         Returns:
-            Float32, `(n, x, y, z, regions.num_outputs)`.
+            Float32, `(n, *config.crop, regions.num_outputs)`.
         """
         return self._forward(images).numpy()
 
