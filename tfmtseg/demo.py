@@ -49,8 +49,8 @@ def run_demo(directory: Path) -> Path:
             crop=(32, 32, 32),
             cube_size=16,
             flips=(True, False, False),
-            train_steps=80,
-            steps_per_epoch=20,
+            train_steps=70,
+            steps_per_epoch=14,
             learning_rate=3e-3,
             ema_momentum=0.97,
         )
