@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     regions = _regions(config, folder)
     further = _further_images(config, folder)
     splits = _split(config, folder, further)
-    labelled, unlabelled, development = _records(config, folder, further, splits)
+    labelled, unlabelled, development = _records(config, folder, regions, further, splits)
     config = _resolve(config, [*labelled, *unlabelled])
     result_file = directory / "result.json"
     _claim_folder(config, directory)
@@ -154,7 +154,11 @@ def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> 
 
 
 def _records(
-    config: TrainConfig, folder: DataFolder, further: Sequence[Case], splits: Splits
+    config: TrainConfig,
+    folder: DataFolder,
+    regions: Regions,
+    further: Sequence[Case],
+    splits: Splits,
 ) -> tuple[list[Record], list[Record], list[Record]]:
     """Cached labelled, unlabelled and development cases.
 
@@ -169,7 +173,7 @@ def _records(
         wanted,
         Path(config.cache_dir or Path(config.model_dir) / "cache"),
         num_modalities=len(folder.modalities),
-        max_label=_regions(config, folder).max_label,
+        max_label=regions.max_label,
     )
     labelled = records[: len(splits.labeled)]
     development = records[len(labelled) :][: len(splits.development)]
