@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import tfmtseg  # noqa: F401  before any test imports tensorflow, as the README asks of users
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

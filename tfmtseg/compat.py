@@ -8,6 +8,8 @@ Keras 3 style with `tf.*` inside `call`.
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +17,15 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # TensorFlow leaves oneDNN off on processors without AVX-512 VNNI; 3D convolutions
 # are about ten times slower without it.
-os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+if "TF_ENABLE_ONEDNN_OPTS" not in os.environ:
+    if "tensorflow" in sys.modules:
+        warnings.warn(
+            "TensorFlow was imported before tfmtseg, which can no longer turn oneDNN on: 3D "
+            "convolutions on CPU may be several times slower. Fix: import tfmtseg first, or set "
+            "TF_ENABLE_ONEDNN_OPTS=1 before Python starts.",
+            stacklevel=2,
+        )
+    os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"
 
 import keras  # after the lines above: TensorFlow reads its environment once
 import tensorflow as tf
@@ -70,6 +80,13 @@ def apply_gradients(
 def iterations(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
     """Updates made so far, `int32`, of shape ()."""
     return tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.int32)
+
+
+def slot(optimizer: keras.optimizers.Optimizer, slots: Sequence[Any], variable: Any) -> Any:
+    """The `tf.Variable` among `slots`, one for each weight, that belongs to `variable`."""
+    if KERAS_3:
+        return slots[optimizer._get_variable_index(variable)].value
+    return slots[optimizer._index_dict[optimizer._var_key(variable)]]
 
 
 def tensorflow_variables(variables: Iterable[Any]) -> list[tf.Variable]:

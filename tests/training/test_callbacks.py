@@ -7,8 +7,6 @@ import csv
 import numpy as np
 
 from tfmtseg.training.callbacks import COLOURS, History, overlay, tag
-from tfmtseg.training.config import TrainConfig
-from tfmtseg.training.optimizers import make_optimizer, make_schedule
 
 
 def test_tags():
@@ -39,18 +37,3 @@ def test_history_goes_on_without_the_lines_a_break_left_behind(tmp_path):
     again.on_epoch_end(1, {"loss": 7.0})
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [(row["step"], float(row["loss"])) for row in rows] == [("10", 0.0), ("20", 7.0)]
-
-
-def test_schedule_by_hand():
-    config = TrainConfig(train_steps=100, warmup_steps=10, learning_rate=0.2)
-    schedule = make_schedule(config)
-    expected = [0.2 * min(1, (s + 1) / 10) * (1 - s / 100) ** 0.9 for s in (0, 4, 9, 50, 99)]
-    found = [float(schedule(s)) for s in (0, 4, 9, 50, 99)]
-    np.testing.assert_allclose(found, expected, rtol=1e-6)  # float32
-    assert float(schedule(100)) == 0.0
-
-
-def test_weight_decay_is_per_update_at_the_full_rate():
-    optimizer = make_optimizer(TrainConfig(learning_rate=0.01, weight_decay=1e-5))
-    np.testing.assert_allclose(optimizer.weight_decay * 0.01, 1e-5)
-    assert optimizer.use_ema

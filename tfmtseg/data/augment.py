@@ -109,9 +109,11 @@ def draw_displacements(
     matrix *= tf.exp(_uniform(seeds[1], (), tf.math.log(augmentation.scale)))
     mirrored = (tf.random.stateless_uniform((3,), seeds[2]) < 0.5) & tf.constant(augmentation.flips)
     matrix *= tf.where(mirrored, -1.0, 1.0)[None, :]
-    axes = [tf.range(size, dtype=tf.float32) - (size - 1) / 2.0 for size in crop]
-    grid = tf.stack(tf.meshgrid(*axes, indexing="ij"), -1)
-    places = tf.einsum("xyzj,ij->xyzi", grid, matrix)
+    x, y, z = (
+        (tf.range(size, dtype=tf.float32) - (size - 1) / 2.0)[:, None] * matrix[:, axis]
+        for axis, size in enumerate(crop)
+    )
+    places = x[:, None, None] + y[None, :, None] + z[None, None]
     if augmentation.elastic_probability == 0:
         return places
 
