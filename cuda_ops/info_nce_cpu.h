@@ -31,13 +31,14 @@ struct InfoNceProblem {
   float temperature;
 };
 
-// All of [n], [n, d], [m, d] and one number, float32. Gradients are of sum_i w_i loss_i.
+// Gradients are of sum_i w_i loss_i. Without them, what stands below is not touched.
 struct InfoNceResult {
-  float* losses;
-  const float* row_weights;  // w; null: losses alone, the rest is not touched
-  float* grad_queries;
-  float* grad_keys;
-  float* grad_temperature;
+  float* losses;  // [n]
+  bool with_gradients;
+  const float* row_weights;  // w, [n]
+  float* grad_queries;       // [n, d]
+  float* grad_keys;          // [m, d]
+  float* grad_temperature;   // one number
 };
 
 // Never holds the n x m matrix: at most about 16 MB of it, and two copies of the keys. The same

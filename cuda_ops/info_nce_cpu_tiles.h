@@ -169,7 +169,7 @@ class Runner {
 
   void Run() {
     const int64_t n = p_.n, m = p_.m, d = p_.d;
-    const bool gradients = r_.row_weights != nullptr;
+    const bool gradients = r_.with_gradients;
     if (gradients) {
       std::fill(r_.grad_queries, r_.grad_queries + n * d, 0.0f);
       std::fill(r_.grad_keys, r_.grad_keys + m * d, 0.0f);
@@ -259,7 +259,7 @@ class Runner {
       }
     }
     for (int64_t i = 0; i < count; ++i) FinishRow(query + i, row + i);
-    if (r_.row_weights == nullptr) return;
+    if (!r_.with_gradients) return;
 
     std::vector<float> sums(count * features_, 0.0f);
     for (int64_t s = 0; s < strips_; ++s) {
@@ -357,7 +357,7 @@ class Runner {
   void FinishLoss(int64_t query, int64_t row, double maximum, double negatives) {
     std::vector<Positive>& positives = block_positives_[row];
     if (positives.empty()) {
-      if (r_.row_weights != nullptr) factors_[row] = 0;
+      if (r_.with_gradients) factors_[row] = 0;
       return;  // the loss stays 0
     }
     double top = -kInfinity, mean = 0, sum = 0;
@@ -371,7 +371,7 @@ class Runner {
     const double x = (negatives - together) * kLn2;
     const double softplus = x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
     r_.losses[query] = static_cast<float>(softplus + (together - mean) * kLn2);
-    if (r_.row_weights == nullptr) return;
+    if (!r_.with_gradients) return;
     const double weight = static_cast<double>(r_.row_weights[query]) / p_.temperature;
     const double everything = together + softplus / kLn2;
     factors_[row] = static_cast<float>(weight * std::exp2(maximum - everything));
