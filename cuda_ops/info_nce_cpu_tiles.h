@@ -98,7 +98,7 @@ void Tile(const float* a, int64_t a_stride, const float* b, int64_t k, float* c,
     Vector right[kVectors];
     for (int v = 0; v < kVectors; ++v) right[v] = *(const Vector*)(b + j * kPanel + v * kWidth);
     for (int i = 0; i < rows; ++i) {
-      const Vector left = Splat(transposed ? a[j * a_stride + i] : a[i * a_stride + j]);
+      const float left = transposed ? a[j * a_stride + i] : a[i * a_stride + j];
       for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
     }
   }
