@@ -85,7 +85,7 @@ def _load() -> tuple[ModuleType, Record]:
             warnings.warn(
                 f"{path} was built without CUDA: the native ops run on the CPU although there is "
                 "a GPU. Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc.",
-                stacklevel=4,
+                stacklevel=3,
             )
         _loaded = module, record
         return _loaded
