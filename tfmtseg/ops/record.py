@@ -57,7 +57,7 @@ class Record:
         """A C++ file that puts this record into the library."""
         text = _MARKER.decode() + self._json()
         return (
-            'extern "C" __attribute__((visibility("default"), used))\n'
+            'extern "C" __attribute__((visibility("default")))\n'
             "const char tfmtseg_native_ops_record[];\n"
             f'const char tfmtseg_native_ops_record[] = R"record({text})record";\n'
         )
