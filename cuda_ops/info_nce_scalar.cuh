@@ -16,6 +16,7 @@ constexpr int kSlicePitch = kScalarTile + 4;  // float4 stays aligned, rows in o
 __device__ inline void LoadSlice(const float* rows, int first_row, int row_count,
                                  const StreamedRow* streamed, int first_feature, int width,
                                  float (*slice)[kSlicePitch]) {
+#pragma unroll 2
   for (int e = threadIdx.x; e < kScalarTile * kSliceFeatures; e += kScalarThreads) {
     const int r = e / kSliceFeatures;
     const int c = e % kSliceFeatures;
@@ -38,6 +39,8 @@ __global__ void __launch_bounds__(kScalarThreads, 2) ScalarSweepKernel(Sweep swe
   __shared__ __align__(16) float streamed_slice[kSliceFeatures][kSlicePitch];
   __shared__ __align__(16) float weights[kScalarTile][kSlicePitch];  // [streamed][owner]
   __shared__ __align__(16) float values[kSliceFeatures][kColumns > 0 ? kColumns : 1];
+  // Not in registers, which kColumns = 256 needs for the outputs.
+  __shared__ OwnerRow owner_rows[kScalarTile];
   __shared__ StreamedRow streamed_rows[kScalarTile];
   __shared__ float signs[kScalarTile];
 
@@ -48,17 +51,19 @@ __global__ void __launch_bounds__(kScalarThreads, 2) ScalarSweepKernel(Sweep swe
   const int first_owner = blockIdx.x * kScalarTile;
   const int first_column = blockIdx.z * kColumns;
 
-  OwnerRow owner[4];
   float maximum[4];
   float sum[4];
   float output[4][kColumns > 0 ? kColumns / 16 : 1];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    owner[i] = LoadOwnerRow(sweep, first_owner + 4 * ty + i);
     maximum[i] = -INFINITY;
     sum[i] = 0.0f;
 #pragma unroll
     for (int c = 0; c < kColumns / 16; ++c) output[i][c] = 0.0f;
+  }
+
+  if (threadIdx.x < kScalarTile) {
+    owner_rows[threadIdx.x] = LoadOwnerRow(sweep, first_owner + threadIdx.x);
   }
 
   const int tiles = (sweep.streamed_count + kScalarTile - 1) / kScalarTile;
@@ -79,7 +84,7 @@ __global__ void __launch_bounds__(kScalarThreads, 2) ScalarSweepKernel(Sweep swe
       LoadSlice(streamed, first, sweep.streamed_count, streamed_rows, feature, sweep.width,
                 streamed_slice);
       __syncthreads();
-#pragma unroll 4
+#pragma unroll 2
       for (int c = 0; c < kSliceFeatures; ++c) {
         const float4 a = *reinterpret_cast<const float4*>(&owner_slice[c][4 * ty]);
         const float4 b = *reinterpret_cast<const float4*>(&streamed_slice[c][4 * tx]);
@@ -94,38 +99,53 @@ __global__ void __launch_bounds__(kScalarThreads, 2) ScalarSweepKernel(Sweep swe
       __syncthreads();
     }
 
+    // Exponents and their maxima.
+    float largest[4] = {maximum[0], maximum[1], maximum[2], maximum[3]};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int r = 4 * tx + j;
+      const StreamedRow row = streamed_rows[r];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        score[i][j] = Exponent(score[i][j], sweep, owner_rows[4 * ty + i], row, first + r);
+        largest[i] = fmaxf(largest[i], score[i][j]);
+      }
+    }
+    float shift[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float largest = maximum[i];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int r = 4 * tx + j;
-        score[i][j] = Exponent(score[i][j], sweep, owner[i], streamed_rows[r], first + r);
-        largest = fmaxf(largest, score[i][j]);
-      }
       // The 16 threads with the same owners are half a warp.
 #pragma unroll
       for (int step = 8; step > 0; step /= 2) {
-        largest = fmaxf(largest, __shfl_xor_sync(kFullWarp, largest, step));
+        largest[i] = fmaxf(largest[i], __shfl_xor_sync(kFullWarp, largest[i], step));
       }
-      const float shift = Shift(largest);
-      const float correction = exp2f(maximum[i] - shift);
-      maximum[i] = largest;
+      shift[i] = Shift(largest[i]);
+      const float correction = exp2f(maximum[i] - shift[i]);
+      maximum[i] = largest[i];
       sum[i] *= correction;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int r = 4 * tx + j;
-        const float weight = exp2f(score[i][j] - shift);
-        sum[i] += weight;
-        const bool flip = IsPositive(owner[i], streamed_rows[r], first + r);
-        weights[r][4 * ty + i] = (flip ? -signs[r] : signs[r]) * weight;
-      }
 #pragma unroll
       for (int c = 0; c < kColumns / 16; ++c) output[i][c] *= correction;
     }
 
+    // Weights, with their signs.
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int r = 4 * tx + j;
+      const float sign = signs[r];
+      const int positive = streamed_rows[r].positive;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float weight = exp2f(score[i][j] - shift[i]);
+        sum[i] += weight;
+        // If queries own, the weight of the positive is 0 and its sign of no interest.
+        const bool is_positive = positive == first_owner + 4 * ty + i;
+        weights[r][4 * ty + i] = (is_positive ? -sign : sign) * weight;
+      }
+    }
+
     if constexpr (kColumns > 0) {
       for (int slice = 0; slice < kScalarTile; slice += kSliceFeatures) {
+#pragma unroll 2
         for (int e = threadIdx.x; e < kSliceFeatures * kColumns; e += kScalarThreads) {
           const int r = slice + e / kColumns;
           const int column = first_column + e % kColumns;
@@ -134,7 +154,7 @@ __global__ void __launch_bounds__(kScalarThreads, 2) ScalarSweepKernel(Sweep swe
               valid ? streamed[static_cast<int64_t>(first + r) * sweep.width + column] : 0.0f;
         }
         __syncthreads();  // also: all weights are written
-#pragma unroll 4
+#pragma unroll 2
         for (int x = 0; x < kSliceFeatures; ++x) {
           const float4 w = *reinterpret_cast<const float4*>(&weights[slice + x][4 * ty]);
           const float left[4] = {w.x, w.y, w.z, w.w};
@@ -164,8 +184,9 @@ __global__ void __launch_bounds__(kScalarThreads, 2) ScalarSweepKernel(Sweep swe
     for (int step = 8; step > 0; step /= 2) {
       sum[i] += __shfl_xor_sync(kFullWarp, sum[i], step);
     }
-    if (owner[i].index >= sweep.owner_count) continue;
-    const int64_t row = split * sweep.owner_count + owner[i].index;
+    const int owner = first_owner + 4 * ty + i;
+    if (owner >= sweep.owner_count) continue;
+    const int64_t row = split * sweep.owner_count + owner;
     if (tx == 0 && blockIdx.z == 0) {
       sweep.maxima[row] = maximum[i];
       sweep.sums[row] = sum[i];

@@ -100,18 +100,15 @@ __device__ inline void LoadStreamedRow(const Sweep& sweep, int index, StreamedRo
   }
 }
 
-__device__ inline bool IsPositive(const OwnerRow& owner, const StreamedRow& streamed,
-                                  int streamed_index) {
-  return owner.positive == streamed_index || streamed.positive == owner.index;
-}
-
 __device__ inline float Exponent(float dot, const Sweep& sweep, const OwnerRow& owner,
                                  const StreamedRow& streamed, int streamed_index) {
   float exponent = fmaf(dot, sweep.scale, streamed.bias);
   // The owner's NaN would survive adding -inf.
   if (streamed.bias == -INFINITY) exponent = -INFINITY;
   if (sweep.owner_ids && owner.id == streamed.id) exponent = -INFINITY;
-  return IsPositive(owner, streamed, streamed_index) ? streamed.positive_bias : exponent;
+  const bool is_positive =
+      owner.positive == streamed_index || streamed.positive == owner.index;
+  return is_positive ? streamed.positive_bias : exponent;
 }
 
 // -inf - -inf is NaN: nothing has been seen yet, any finite shift will do.
