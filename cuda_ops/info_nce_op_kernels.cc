@@ -2,12 +2,12 @@
 
 #define EIGEN_USE_THREADS
 
-#include <cmath>
 #include <new>
 #include <type_traits>
 
 #include "absl/strings/str_cat.h"
 #include "info_nce_cpu.h"
+#include "info_nce_op_inputs.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
 #include "tensorflow/core/util/work_sharder.h"
@@ -15,71 +15,30 @@
 namespace tensorflow {
 namespace {
 
-std::string Shape(const Tensor& tensor) { return tensor.shape().DebugString(); }
-
-// `name` has to be a vector of `rows` numbers.
-absl::Status CheckVector(const Tensor& tensor, const char* name, int64_t rows, const char* of) {
-  if (tensor.dims() == 1 && tensor.dim_size(0) == rows) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(name, ": shape is ", Shape(tensor),
-                                                    ", must be [", rows, "], the rows of ", of));
-}
-
-// Pointers into the inputs; `queries` and `keys` are set by the kernel.
-absl::Status ReadProblem(OpKernelContext* context, bool by_label, bool has_ids, bool has_mask,
-                         tfmtseg::InfoNceProblem* problem) {
-  const Tensor& queries = context->input(0);
-  const Tensor& keys = context->input(1);
-  for (const auto& [tensor, name] : {std::pair(&queries, "queries"), std::pair(&keys, "keys")}) {
-    if (tensor->dims() != 2) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(name, ": shape is ", Shape(*tensor), ", must be [rows, features]"));
-    }
-  }
-  if (queries.dim_size(1) != keys.dim_size(1)) {
-    return absl::InvalidArgumentError(absl::StrCat("queries, keys: shapes are ", Shape(queries),
-                                                      " and ", Shape(keys),
-                                                      ", must agree in features"));
-  }
-  const Tensor& temperature = context->input(2);
-  if (temperature.dims() != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("temperature: shape is ", Shape(temperature), ", must be []"));
-  }
-  const float value = temperature.scalar<float>()();
-  if (!(value > 0) || !std::isfinite(value)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("temperature: value is ", value, ", must be positive"));
-  }
-  const int64_t n = queries.dim_size(0), m = keys.dim_size(0);
-  TF_RETURN_IF_ERROR(CheckVector(context->input(3), "positives", n, "queries"));
-  const int32_t* positives = context->input(3).flat<int32_t>().data();
-  TF_RETURN_IF_ERROR(CheckVector(context->input(4), "key_labels", by_label ? m : 0,
-                                 by_label ? "keys" : "nothing"));
-  TF_RETURN_IF_ERROR(CheckVector(context->input(5), "query_ids", has_ids ? n : 0,
-                                 has_ids ? "queries" : "nothing"));
-  TF_RETURN_IF_ERROR(CheckVector(context->input(6), "key_ids", has_ids ? m : 0,
-                                 has_ids ? "keys" : "nothing"));
-  TF_RETURN_IF_ERROR(CheckVector(context->input(7), "key_mask", has_mask ? m : 0,
-                                 has_mask ? "keys" : "nothing"));
-  if (!by_label) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (positives[i] < m) continue;
-      return absl::InvalidArgumentError(absl::StrCat("positives: value ", i, " is ",
-                                                        positives[i], ", must be less than ", m,
-                                                        ", the rows of keys"));
-    }
-  }
+// TensorFlow's inputs as the CPU code takes them; `queries` and `keys` are set by the kernel.
+absl::Status ReadProblem(OpKernelContext* context, const tfmtseg::InfoNceInputReader& reader,
+                         tfmtseg::InfoNceInputs* inputs, tfmtseg::InfoNceProblem* problem) {
+  TF_RETURN_IF_ERROR(reader.Read(context, inputs));
   *problem = {};
-  problem->positives = by_label ? nullptr : positives;
-  problem->query_labels = by_label ? positives : nullptr;
-  problem->key_labels = by_label ? context->input(4).flat<int32_t>().data() : nullptr;
-  problem->query_ids = has_ids ? context->input(5).flat<int32_t>().data() : nullptr;
-  problem->key_ids = has_ids ? context->input(6).flat<int32_t>().data() : nullptr;
-  problem->key_mask = has_mask ? context->input(7).flat<bool>().data() : nullptr;
-  problem->n = n;
-  problem->m = m;
-  problem->d = queries.dim_size(1);
-  problem->temperature = value;
+  problem->n = inputs->n;
+  problem->m = inputs->m;
+  problem->d = inputs->d;
+  problem->temperature = inputs->temperature;
+  problem->query_ids = inputs->query_ids;
+  problem->key_ids = inputs->key_ids;
+  problem->key_mask = inputs->key_mask;
+  if (reader.by_label()) {
+    problem->query_labels = inputs->positives;
+    problem->key_labels = inputs->key_labels;
+    return absl::OkStatus();
+  }
+  problem->positives = inputs->positives;
+  for (int64_t i = 0; i < inputs->n; ++i) {
+    if (inputs->positives[i] < inputs->m) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("positives: value ", i, " is ", inputs->positives[i], ", must be less than ",
+                     inputs->m, ", the rows of keys"));
+  }
   return absl::OkStatus();
 }
 
@@ -102,35 +61,32 @@ template <typename T, bool gradients>
 class InfoNceOp : public OpKernel {
  public:
   explicit InfoNceOp(OpKernelConstruction* context) : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("by_label", &by_label_));
-    OP_REQUIRES_OK(context, context->GetAttr("has_ids", &has_ids_));
-    OP_REQUIRES_OK(context, context->GetAttr("has_mask", &has_mask_));
+    OP_REQUIRES_OK(context, reader_.Construct(context));
   }
 
   void Compute(OpKernelContext* context) override {
+    tfmtseg::InfoNceInputs inputs;
     tfmtseg::InfoNceProblem problem;
-    OP_REQUIRES_OK(context, ReadProblem(context, by_label_, has_ids_, has_mask_, &problem));
+    OP_REQUIRES_OK(context, ReadProblem(context, reader_, &inputs, &problem));
     Tensor query_buffer, key_buffer;
     OP_REQUIRES_OK(context,
                    AsFloat<T>(context, context->input(0), &query_buffer, &problem.queries));
     OP_REQUIRES_OK(context, AsFloat<T>(context, context->input(1), &key_buffer, &problem.keys));
 
-    const auto output = [context](int index, const TensorShape& shape, float** data) {
-      Tensor* tensor = nullptr;
-      TF_RETURN_IF_ERROR(context->allocate_output(index, shape, &tensor));
-      *data = tensor->flat<float>().data();
-      return absl::OkStatus();
-    };
     tfmtseg::InfoNceResult result = {};
     result.with_gradients = gradients;
-    OP_REQUIRES_OK(context, output(0, TensorShape({problem.n}), &result.losses));
+    Tensor *losses = nullptr, *temperature = nullptr;
+    Gradient by_queries, by_keys;
+    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({problem.n}), &losses));
+    result.losses = losses->flat<float>().data();
     if constexpr (gradients) {
-      const Tensor& weights = context->input(8);
-      OP_REQUIRES_OK(context, CheckVector(weights, "row_weights", problem.n, "queries"));
-      OP_REQUIRES_OK(context, output(1, context->input(0).shape(), &result.grad_queries));
-      OP_REQUIRES_OK(context, output(2, context->input(1).shape(), &result.grad_keys));
-      OP_REQUIRES_OK(context, output(3, TensorShape({}), &result.grad_temperature));
-      result.row_weights = weights.flat<float>().data();
+      result.row_weights = inputs.row_weights;
+      OP_REQUIRES_OK(context, by_queries.Allocate(context, 1, context->input(0).shape()));
+      OP_REQUIRES_OK(context, by_keys.Allocate(context, 2, context->input(1).shape()));
+      OP_REQUIRES_OK(context, context->allocate_output(3, TensorShape({}), &temperature));
+      result.grad_queries = by_queries.values.template flat<float>().data();
+      result.grad_keys = by_keys.values.template flat<float>().data();
+      result.grad_temperature = temperature->flat<float>().data();
     }
     const auto* threads = context->device()->tensorflow_cpu_worker_threads();
     const tfmtseg::ParallelFor parallel_for =
@@ -142,13 +98,40 @@ class InfoNceOp : public OpKernel {
     } catch (const std::bad_alloc&) {
       context->CtxFailure(absl::ResourceExhaustedError(
           absl::StrCat("info_nce: not enough memory for queries of shape ",
-                          Shape(context->input(0)), " and keys of shape ",
-                          Shape(context->input(1)))));
+                          tfmtseg::ShapeOf(context->input(0)), " and keys of shape ",
+                          tfmtseg::ShapeOf(context->input(1)))));
+      return;
+    }
+    if constexpr (gradients) {
+      by_queries.Finish(context);
+      by_keys.Finish(context);
     }
   }
 
  private:
-  bool by_label_, has_ids_, has_mask_;
+  // An output of type T, made as float32.
+  struct Gradient {
+    Tensor* output = nullptr;
+    Tensor values;
+
+    absl::Status Allocate(OpKernelContext* context, int index, const TensorShape& shape) {
+      TF_RETURN_IF_ERROR(context->allocate_output(index, shape, &output));
+      if constexpr (std::is_same_v<T, float>) {
+        values = *output;
+        return absl::OkStatus();
+      }
+      return context->allocate_temp(DT_FLOAT, shape, &values);
+    }
+
+    void Finish(OpKernelContext* context) {
+      if constexpr (!std::is_same_v<T, float>) {
+        output->flat<T>().device(context->eigen_device<Eigen::ThreadPoolDevice>()) =
+            values.flat<float>().template cast<T>();
+      }
+    }
+  };
+
+  tfmtseg::InfoNceInputReader reader_;
 };
 
 #define TFMTSEG_REGISTER(T)                                                                \

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import tensorflow as tf
@@ -207,14 +206,9 @@ def choose(implementation: str = "auto") -> str:
     Raises:
         tfmtseg.ops.library.NativeOpsError: If `"native"` is asked for and cannot be had.
     """
-    if implementation == "reference":
-        return "reference"
-    try:
+    if implementation == "native":
         library.load()
-    except library.NativeOpsError as error:
-        if implementation == "native":
-            raise
-        warnings.warn(f"info_nce runs in plain TensorFlow: {error}", stacklevel=3)
+    elif implementation == "reference" or not library.available():
         return "reference"
     return "native"
 
