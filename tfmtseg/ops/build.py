@@ -131,7 +131,7 @@ def here(sources: Path) -> Record:
     """The record, without tools, of a library of these sources for the running TensorFlow."""
     version, git = compat.tensorflow_build()
     # The file is missing where TensorFlow is linked into one piece; the size is only a hint.
-    framework = [*Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.so.2"), None][0]
+    framework = next(Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.so.2"), None)
     return Record(
         tensorflow=version,
         tensorflow_git=git,
@@ -414,8 +414,8 @@ def _compile(wanted: Plan, folder: Path) -> Path:
 
 def _cuda_runtime(nvcc: str) -> list[str]:
     """What to link for the static CUDA runtime; nvcc knows where it lies."""
-    source = "x.cu"  # not read in a dry run
-    result = subprocess.run([nvcc, "-dryrun", "-c", source], capture_output=True, text=True)
+    # A dry run reads no source.
+    result = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True)
     settings = dict(re.findall(r"^#\$ (\w+)=(.*)$", result.stderr, re.MULTILINE))
     top = settings.get("TOP", "").strip()
     folders = [part[2:] for part in shlex.split(settings.get("LIBRARIES", ""))]
