@@ -68,7 +68,7 @@ _INSTALL_NVCC = (
     "install the CUDA toolkit, 12 or newer, with nvcc on PATH, or build without CUDA "
     "(python -m tfmtseg.ops.build --no-cuda, then set TFMTSEG_NATIVE_OPS=0)"
 )
-_SECONDS = {"tensorflow": 15, "tensorflow_gpu": 15, "cpu": 3, "cuda": 20}  # one core, roughly
+_SECONDS = {"tensorflow": 15, "tensorflow_gpu": 15, "cpu": 3, "cuda": 60}  # one core, roughly
 
 
 def source_dir() -> Path:
@@ -396,8 +396,10 @@ def _compile(wanted: Plan, folder: Path) -> Path:
     commands.append([wanted.compiler, *FLAGS, "-c", str(record), "-o", f"{record}.o"])
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(_run, command) for command in commands]
-        done, _ = wait(running, return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        finally:  # an interrupt ends it as well
+            pool.shutdown(cancel_futures=True)
     for each in done:
         each.result()
     library = folder / f"{LIBRARY}.so"
