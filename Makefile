@@ -13,7 +13,7 @@ VENV_ADDONS := .venv-addons
 PIP_FLAGS := --quiet --disable-pip-version-check
 PYTEST := -m pytest -p no:cacheprovider
 
-.PHONY: help demo test test-addons lint format clean
+.PHONY: help demo test test-addons lint format bazel clean
 help:
 	@echo "make demo         train two methods on synthetic volumes and compare them (3 minutes)"
 	@echo "make test         run the tests with the newest TensorFlow"
@@ -55,5 +55,11 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# For one test, which is skipped without it.
+bazel:
+	@command -v bazel >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	apt-get install -qq --no-install-recommends bazel-bootstrap; } >/dev/null 2>&1 \
+	|| echo "bazel: not found, and apt-get cannot install it here; its test will be skipped"
+
 clean:
-	rm -rf $(VENV) $(VENV_ADDONS) build dist *.egg-info demo_run
+	rm -rf $(VENV) $(VENV_ADDONS) build dist *.egg-info demo_run bazel-*

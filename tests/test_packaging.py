@@ -45,7 +45,7 @@ def test_a_wheel_from_the_sdist(repository_copy, tmp_path):
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         shipped = {Path(name).name for name in archive.namelist() if "/cuda_ops/" in name}
-    assert shipped == {path.name for path in (repository_copy / "cuda_ops").glob("*.[chi]*")}
+    assert shipped == {path.name for path in (repository_copy / "cuda_ops").iterdir()}
 
     target = tmp_path / "installed"
     run(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)

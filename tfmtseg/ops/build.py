@@ -68,7 +68,7 @@ _INSTALL_NVCC = (
     "install the CUDA toolkit, 12 or newer, with nvcc on PATH, or build without CUDA "
     "(python -m tfmtseg.ops.build --no-cuda, then set TFMTSEG_NATIVE_OPS=0)"
 )
-_SECONDS = {"tensorflow": 15, "tensorflow_gpu": 15, "cpu": 3, "cuda": 20}  # one core, roughly
+_SECONDS = {"tensorflow": 15, "tensorflow_gpu": 15, "cpu": 3, "cuda": 60}  # one core, roughly
 
 
 def source_dir() -> Path:
@@ -131,7 +131,7 @@ def here(sources: Path) -> Record:
     """The record, without tools, of a library of these sources for the running TensorFlow."""
     version, git = compat.tensorflow_build()
     # The file is missing where TensorFlow is linked into one piece; the size is only a hint.
-    framework = [*Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.so.2"), None][0]
+    framework = next(Path(tf.sysconfig.get_lib()).glob("libtensorflow_framework.so.2"), None)
     return Record(
         tensorflow=version,
         tensorflow_git=git,
@@ -396,8 +396,10 @@ def _compile(wanted: Plan, folder: Path) -> Path:
     commands.append([wanted.compiler, *FLAGS, "-c", str(record), "-o", f"{record}.o"])
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(_run, command) for command in commands]
-        done, _ = wait(running, return_when=FIRST_EXCEPTION)
-        pool.shutdown(cancel_futures=True)
+        try:
+            done, _ = wait(running, return_when=FIRST_EXCEPTION)
+        finally:  # an interrupt ends it as well
+            pool.shutdown(cancel_futures=True)
     for each in done:
         each.result()
     library = folder / f"{LIBRARY}.so"
@@ -414,8 +416,8 @@ def _compile(wanted: Plan, folder: Path) -> Path:
 
 def _cuda_runtime(nvcc: str) -> list[str]:
     """What to link for the static CUDA runtime; nvcc knows where it lies."""
-    source = "x.cu"  # not read in a dry run
-    result = subprocess.run([nvcc, "-dryrun", "-c", source], capture_output=True, text=True)
+    # A dry run reads no source.
+    result = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True)
     settings = dict(re.findall(r"^#\$ (\w+)=(.*)$", result.stderr, re.MULTILINE))
     top = settings.get("TOP", "").strip()
     folders = [part[2:] for part in shlex.split(settings.get("LIBRARIES", ""))]
