@@ -23,7 +23,7 @@ namespace TFMTSEG_SET {
 
 typedef float Vector __attribute__((vector_size(kWidth * 4)));
 typedef float LooseVector __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
-typedef int32_t IntVector __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t BitVector __attribute__((vector_size(kWidth * 4)));
 
 constexpr int64_t kPanel = kVectors * kWidth;  // columns of a tile
 constexpr int64_t kTask = 48;                  // rows that one task works on
@@ -59,7 +59,7 @@ Vector Splat(float value) { return Vector{} + value; }
 // 2^x to about 1e-7 of its value; 0 below 2^-126. NaN stays NaN.
 Vector Exp2(Vector x) {
   const Vector magic = Splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to integers
-  const IntVector tiny = x < Splat(-126.0f);
+  const BitVector tiny = (BitVector)(x < Splat(-126.0f));
   const Vector shifted = x + magic;
   const Vector f = x - (shifted - magic);
   // Taylor series of 2^f, |f| <= 1/2.
@@ -72,8 +72,8 @@ Vector Exp2(Vector x) {
   p = p * f + 6.93147181e-1f;
   p = p * f + 1.0f;
   // The low bits of `shifted` hold the integer part; it goes into the exponent.
-  const IntVector power = ((IntVector)shifted << 23) + (127 << 23);
-  const IntVector bits = (IntVector)(p * (Vector)power);
+  const BitVector power = ((BitVector)shifted << 23) + (127u << 23);
+  const BitVector bits = (BitVector)(p * (Vector)power);
   return (Vector)(bits & ~tiny);
 }
 

@@ -7,10 +7,15 @@ here=$(cd "$(dirname "$0")" && pwd)
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
-# The builder takes any compiler; this one adds the sanitizers.
+# The builder takes any compiler; this one adds the sanitizers. TensorFlow's headers do not
+# compile with the second one.
 cat > "$folder/sanitizing-g++" <<'WRAPPER'
 #!/bin/sh
-exec g++ "$@" -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+case "$*" in
+  *tensorflow/include*) sanitizers=address ;;
+  *) sanitizers=address,undefined ;;
+esac
+exec g++ "$@" -g -O1 -fsanitize=$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer
 WRAPPER
 chmod +x "$folder/sanitizing-g++"
 export CXX="$folder/sanitizing-g++" TFMTSEG_CACHE_DIR="$folder/cache"
