@@ -9,6 +9,7 @@ peak memory that a call takes beyond its inputs.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -103,6 +104,7 @@ def memory(field: str) -> int:
 def work(name: str) -> None:
     """Answers each line `size features` with the seconds and KiB of one call."""
     prepare = make(name)
+    c_library = ctypes.CDLL(None)
     calls: dict[str, Callable[[], None]] = {}
     print("ready", flush=True)
     for line in sys.stdin:
@@ -110,6 +112,7 @@ def work(name: str) -> None:
             calls.clear()
             calls[line] = prepare(*map(int, line.split()))
             calls[line]()
+        c_library.malloc_trim(0)  # what earlier calls left behind
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
         before = memory("VmRSS")
         start = time.perf_counter()
@@ -124,7 +127,11 @@ class Worker:
     def __init__(self, name: str):
         command = [sys.executable, __file__, f"--worker={name}"]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         self.ready = self.process.stdout.readline().strip() == "ready"
 

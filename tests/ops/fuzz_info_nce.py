@@ -13,10 +13,9 @@ from collections import Counter
 
 import numpy as np
 
-import tfmtseg  # noqa: F401, I001  before tensorflow
-import tensorflow as tf
+from tfmtseg.ops import library  # isort: skip  before tensorflow
 
-from tfmtseg.ops import library
+import tensorflow as tf
 
 SIZES = [0, 1, 2, 3, 5, 17, 47, 64, 65]
 EXTREMES = [0, 1, -1, 2**31 - 1, -(2**31)]

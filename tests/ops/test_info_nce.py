@@ -49,7 +49,9 @@ def by_hand(
         terms = [
             np.logaddexp(
                 0.0,
-                np.logaddexp.reduce([*negatives, *(similar[j] for j in own if j != p)] - similar[p]),
+                np.logaddexp.reduce(
+                    [*negatives, *(similar[j] for j in own if j != p)] - similar[p]
+                ),
             )
             for p in own
         ]
@@ -79,7 +81,10 @@ def comparisons(kind: str, n: int, m: int, positives: np.ndarray) -> dict[str, n
         return {"positives": positives, "key_mask": random.uniform(size=m) < 0.7}
     ids = {"query_ids": np.arange(n) % 3, "key_ids": np.arange(m) % 4}
     if kind == "labels":  # a query of a label that no key has
-        labels = {"query_labels": random.integers(4, size=n), "key_labels": random.integers(3, size=m)}
+        labels = {
+            "query_labels": random.integers(4, size=n),
+            "key_labels": random.integers(3, size=m),
+        }
         return {**labels, **ids, "key_mask": random.uniform(size=m) < 0.9}
     # Ids that leave out some pairs, the positives of all even queries among them.
     ids["key_ids"][positives[::2]] = ids["query_ids"][::2]
@@ -191,9 +196,7 @@ def test_no_queries_or_no_keys(n, m, implementation):
     queries, keys = tf.ones((n, 5)), tf.ones((m, 5))
     with tf.GradientTape() as tape:
         tape.watch([queries, keys])
-        losses = info_nce(
-            queries, keys, positives=-np.ones(n, int), implementation=implementation
-        )
+        losses = info_nce(queries, keys, positives=-np.ones(n, int), implementation=implementation)
         total = tf.reduce_sum(losses)
     np.testing.assert_array_equal(losses, np.zeros(n))
     for gradient, shape in zip(tape.gradient(total, [queries, keys]), [n, m], strict=True):
@@ -304,9 +307,7 @@ def test_chunks_of_the_reference_make_no_difference(kind, graph, monkeypatch):
     def loss_and_gradients(queries, keys):
         with tf.GradientTape() as tape:
             tape.watch([queries, keys])
-            loss = info_nce(
-                queries, keys, reduction="mean", implementation="reference", **options
-            )
+            loss = info_nce(queries, keys, reduction="mean", implementation="reference", **options)
         return loss, *tape.gradient(loss, [queries, keys])
 
     inputs = tf.constant(queries), tf.constant(keys)

@@ -273,9 +273,7 @@ def _weighted_sum(
     return forward(queries, keys, temperature, weights)
 
 
-def _rows(
-    queries: tf.Tensor, keys: tf.Tensor, normalize: bool
-) -> tuple[tf.Tensor, tf.Tensor]:
+def _rows(queries: tf.Tensor, keys: tf.Tensor, normalize: bool) -> tuple[tf.Tensor, tf.Tensor]:
     queries, keys = tf.convert_to_tensor(queries), tf.convert_to_tensor(keys)
     for name, rows in (("queries", queries), ("keys", keys)):
         if rows.shape.rank != 2:

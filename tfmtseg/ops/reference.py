@@ -103,7 +103,7 @@ def _rows(
 
 def _in_chunks(
     queries: tf.Tensor,
-    num_keys: tf.Tensor,
+    keys: tf.Tensor,
     work: Callable[[tf.Tensor, tf.Tensor, Sequence[tf.Tensor]], Sequence[tf.Tensor]],
     row_shapes: Sequence[tuple[int | None, ...]],
     totals: Sequence[tf.Tensor],
@@ -114,10 +114,10 @@ def _in_chunks(
     new totals.
     """
     rows = tf.shape(queries)[0]
-    chunk = tf.maximum(CHUNK_ELEMENTS // tf.maximum(num_keys, 1), 1)
-    if queries.shape[0] is not None and tf.get_static_value(chunk) is not None:
-        if queries.shape[0] <= int(tf.get_static_value(chunk)):
-            return tuple(work(tf.constant(0), rows, totals))
+    known = queries.shape.is_fully_defined() and keys.shape.is_fully_defined()
+    if known and queries.shape[0] * keys.shape[0] <= CHUNK_ELEMENTS:  # spares the loop
+        return tuple(work(tf.constant(0), rows, totals))
+    chunk = tf.maximum(CHUNK_ELEMENTS // tf.maximum(tf.shape(keys)[0], 1), 1)
     count = -(-rows // chunk)
     parts = [
         tf.TensorArray(tf.float32, count, infer_shape=False, element_shape=(None, *shape))
@@ -156,7 +156,7 @@ def losses(
         part = candidates.rows(start, stop)
         return (_rows(queries[start:stop], keys, temperature, part).losses,)
 
-    return _in_chunks(queries, tf.shape(keys)[0], work, [()], [])[0]
+    return _in_chunks(queries, keys, work, [()], [])[0]
 
 
 def losses_with_gradients(
@@ -189,7 +189,7 @@ def losses_with_gradients(
         return rows.losses, tf.matmul(slopes, keys), grad_keys
 
     found, grad_queries, grad_keys = _in_chunks(
-        queries, tf.shape(keys)[0], work, [(), (queries.shape[1],)], [tf.zeros_like(keys)]
+        queries, keys, work, [(), (queries.shape[1],)], [tf.zeros_like(keys)]
     )
     grad_temperature = -tf.reduce_sum(queries * grad_queries) / temperature
     return found, grad_queries, grad_keys, grad_temperature
@@ -216,4 +216,4 @@ def accuracies(queries: tf.Tensor, keys: tf.Tensor, candidates: Candidates) -> t
         ]
         return (tf.cast(best[0] > best[1], tf.float32),)
 
-    return _in_chunks(queries, tf.shape(keys)[0], work, [()], [])[0]
+    return _in_chunks(queries, keys, work, [()], [])[0]
