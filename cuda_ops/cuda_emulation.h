@@ -316,6 +316,28 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
+constexpr int CUDART_VERSION = 0;
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, multiProcessorCount;
+};
+
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"CPU emulation", tfmtseg::emulation::compute_capability_major, 0, 1};
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, CUstream_st*) {
   std::memset(memory, value, bytes);
   return cudaSuccess;

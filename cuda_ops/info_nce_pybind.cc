@@ -2,7 +2,11 @@
 //
 // Arrays are objects with __cuda_array_interface__ (PyTorch, CuPy, Numba) or addresses. Of
 // the former, type, size and layout are checked; of the latter nothing is known.
+#ifdef TFMTSEG_CUDA_EMULATION
+#include "cuda_emulation.h"
+#else
 #include <cuda_runtime_api.h>
+#endif
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
