@@ -82,6 +82,7 @@ inline float FloatOf(uint32_t bits) {
 // What a test may set.
 inline int compute_capability_major = 8;
 inline bool reversed_order = false;
+inline int64_t blocks_wanted = 264;  // 1: no sweep is split
 
 [[noreturn]] inline void Fail(const char* what) {
   std::fprintf(stderr, "CUDA emulation: block (%u, %u, %u), thread %u: %s\n", blockIdx.x,
@@ -111,7 +112,7 @@ struct Fiber {
   unsigned thread;
   jmp_buf point;
   ucontext_t start;
-  std::vector<Copy> begun, committed;
+  std::vector<Copy> copies;  // begun and not waited for
   void* contribution;  // to the meeting it waits for
 };
 
@@ -353,6 +354,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 namespace tfmtseg {
 
+inline int64_t BlocksWanted() { return emulation::blocks_wanted; }
+
 template <typename... Parameters, typename... Arguments>
 int Launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,
            CUstream_st*, const Arguments&... arguments) {
@@ -391,26 +394,19 @@ inline void CopyAsync16(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
     emulation::Fail("copy of 16 bytes is not aligned");
   }
-  emulation::block->current->begun.push_back({shared, valid ? global : nullptr});
-}
-
-inline void CommitCopies() {
-  emulation::Fiber& fiber = *emulation::block->current;
-  fiber.committed.insert(fiber.committed.end(), fiber.begun.begin(), fiber.begun.end());
-  fiber.begun.clear();
+  emulation::block->current->copies.push_back({shared, valid ? global : nullptr});
 }
 
 inline void WaitForCopies() {
-  CommitCopies();  // cp.async.wait_all waits for these as well
-  emulation::Fiber& fiber = *emulation::block->current;
-  for (const emulation::Copy& copy : fiber.committed) {
+  std::vector<emulation::Copy>& copies = emulation::block->current->copies;
+  for (const emulation::Copy& copy : copies) {
     if (copy.global) {
       std::memcpy(copy.shared, copy.global, 16);
     } else {
       std::memset(copy.shared, 0, 16);
     }
   }
-  fiber.committed.clear();
+  copies.clear();
 }
 
 template <bool kTransposed>

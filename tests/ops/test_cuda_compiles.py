@@ -16,7 +16,7 @@ NVCC = shutil.which("nvcc")
 ARCHITECTURES = (75, 80, 86, 89, 90)
 
 # Registers per thread that let the blocks a kernel was planned for be on one multiprocessor,
-# of 65536 registers: two of 128 threads, two of 256 threads, sixteen of 128 threads (half full).
+# of 65536 registers: two of 128 threads, two of 256 threads, eight of 128 threads.
 REGISTERS = {"TensorCoreSweepKernel": 255, "ScalarSweepKernel": 128}
 REGISTERS_OF_OTHERS = 64
 SPILLED_BYTES = 0
@@ -124,10 +124,29 @@ for wrong, message in [
         assert message in str(error), error
     else:
         raise AssertionError(message)
-try:
-    cuda.InfoNce(**arguments, positives="1")
-except TypeError as error:
-    assert "positives: expected __cuda_array_interface__" in str(error), error
+
+class Array:
+    def __init__(self, typestr, shape, strides=None):
+        self.__cuda_array_interface__ = dict(
+            version=3, data=(16, False), typestr=typestr, shape=shape, strides=strides
+        )
+
+positives = Array("<i4", (2,))
+cuda.InfoNce(**arguments, positives=positives, key_mask=Array("|b1", (2,)))
+cuda.InfoNce(**(arguments | {"queries": Array("<f4", (2, 2), (8, 4))}), positives=positives)
+for wrong, kind, message in [
+    ({"positives": "1"}, TypeError, "positives: expected __cuda_array_interface__"),
+    ({"positives": Array("<i8", (2,))}, TypeError, "positives: type is <i8"),
+    ({"positives": Array("<i4", (3,))}, ValueError, "positives: has 3 elements, must have 2"),
+    ({"queries": Array("<f4", (2, 2), (4, 8))}, ValueError, "queries: must be contiguous"),
+    ({"queries": Array("<f2", (2, 2))}, TypeError, "queries: type is <f2"),
+]:
+    try:
+        cuda.InfoNce(**(arguments | {"positives": positives} | wrong))
+    except kind as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
 """
     run = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
