@@ -4,9 +4,10 @@
 // One block runs at a time; its threads are fibres that run until they have to wait for each
 // other. The emulation is stricter than a device where that finds mistakes:
 //   - __syncthreads, shuffles and mma abort unless all threads concerned arrive at the same call;
-//   - copies in the background land when they are waited for, not before;
 //   - dynamic shared memory starts as NaN in every block and may not be written past its end;
-//   - the order in which threads run can be reversed: a missing barrier changes the results.
+//   - every warp runs as far ahead of the others as barriers let it, and copies in the background
+//     land as late as they can. With reversed_order the last warp runs ahead and copies land at
+//     once: where a barrier or a wait is missing, the two give different results.
 //
 // Fibres switch by longjmp: compile with -U_FORTIFY_SOURCE, whose checks forbid that.
 #ifndef TFMTSEG_CUDA_OPS_CUDA_EMULATION_H_
@@ -197,13 +198,22 @@ inline void RunBlock(unsigned threads, const std::function<void()>& kernel) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, RunFiber, 0);
   }
+  // Every warp runs ahead of the others as far as barriers let it.
+  const unsigned warps = static_cast<unsigned>(here.warps.size());
   for (bool progress = true; progress;) {
     progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      Fiber& fiber = here.fibers[reversed_order ? threads - 1 - i : i];
-      if (fiber.state != State::kReady) continue;
-      progress = true;
-      Resume(&fiber);
+    for (unsigned w = 0; w < warps; ++w) {
+      const unsigned first = (reversed_order ? warps - 1 - w : w) * kWarp;
+      const unsigned count = std::min<unsigned>(kWarp, threads - first);
+      for (bool running = true; running;) {
+        running = false;
+        for (unsigned i = 0; i < count; ++i) {
+          Fiber& fiber = here.fibers[first + (reversed_order ? count - 1 - i : i)];
+          if (fiber.state != State::kReady) continue;
+          running = progress = true;
+          Resume(&fiber);
+        }
+      }
     }
   }
   for (const Fiber& fiber : here.fibers) {
@@ -390,13 +400,6 @@ int Launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared
 
 inline unsigned char* DynamicShared() { return emulation::dynamic_shared; }
 
-inline void CopyAsync16(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
-    emulation::Fail("copy of 16 bytes is not aligned");
-  }
-  emulation::block->current->copies.push_back({shared, valid ? global : nullptr});
-}
-
 inline void WaitForCopies() {
   std::vector<emulation::Copy>& copies = emulation::block->current->copies;
   for (const emulation::Copy& copy : copies) {
@@ -407,6 +410,14 @@ inline void WaitForCopies() {
     }
   }
   copies.clear();
+}
+
+inline void CopyAsync16(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
+    emulation::Fail("copy of 16 bytes is not aligned");
+  }
+  emulation::block->current->copies.push_back({shared, valid ? global : nullptr});
+  if (emulation::reversed_order) WaitForCopies();
 }
 
 template <bool kTransposed>
