@@ -4,9 +4,10 @@
 // One block runs at a time; its threads are fibres that run until they have to wait for each
 // other. The emulation is stricter than a device where that finds mistakes:
 //   - __syncthreads, shuffles and mma abort unless all threads concerned arrive at the same call;
-//   - copies in the background land when they are waited for, not before;
 //   - dynamic shared memory starts as NaN in every block and may not be written past its end;
-//   - the order in which threads run can be reversed: a missing barrier changes the results.
+//   - every warp runs as far ahead of the others as barriers let it, and copies in the background
+//     land as late as they can. With reversed_order the last warp runs ahead and copies land at
+//     once: where a barrier or a wait is missing, the two give different results.
 //
 // Fibres switch by longjmp: compile with -U_FORTIFY_SOURCE, whose checks forbid that.
 #ifndef TFMTSEG_CUDA_OPS_CUDA_EMULATION_H_
@@ -82,6 +83,7 @@ inline float FloatOf(uint32_t bits) {
 // What a test may set.
 inline int compute_capability_major = 8;
 inline bool reversed_order = false;
+inline int64_t blocks_wanted = 264;  // 1: no sweep is split
 
 [[noreturn]] inline void Fail(const char* what) {
   std::fprintf(stderr, "CUDA emulation: block (%u, %u, %u), thread %u: %s\n", blockIdx.x,
@@ -111,7 +113,7 @@ struct Fiber {
   unsigned thread;
   jmp_buf point;
   ucontext_t start;
-  std::vector<Copy> begun, committed;
+  std::vector<Copy> copies;  // begun and not waited for
   void* contribution;  // to the meeting it waits for
 };
 
@@ -196,13 +198,22 @@ inline void RunBlock(unsigned threads, const std::function<void()>& kernel) {
     fiber.start.uc_link = nullptr;
     makecontext(&fiber.start, RunFiber, 0);
   }
+  // Every warp runs ahead of the others as far as barriers let it.
+  const unsigned warps = static_cast<unsigned>(here.warps.size());
   for (bool progress = true; progress;) {
     progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
-      Fiber& fiber = here.fibers[reversed_order ? threads - 1 - i : i];
-      if (fiber.state != State::kReady) continue;
-      progress = true;
-      Resume(&fiber);
+    for (unsigned w = 0; w < warps; ++w) {
+      const unsigned first = (reversed_order ? warps - 1 - w : w) * kWarp;
+      const unsigned count = std::min<unsigned>(kWarp, threads - first);
+      for (bool running = true; running;) {
+        running = false;
+        for (unsigned i = 0; i < count; ++i) {
+          Fiber& fiber = here.fibers[first + (reversed_order ? count - 1 - i : i)];
+          if (fiber.state != State::kReady) continue;
+          running = progress = true;
+          Resume(&fiber);
+        }
+      }
     }
   }
   for (const Fiber& fiber : here.fibers) {
@@ -316,6 +327,28 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 
+constexpr int CUDART_VERSION = 0;
+
+struct cudaDeviceProp {
+  char name[256];
+  int major, minor, multiProcessorCount;
+};
+
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
+  *properties = {"CPU emulation", tfmtseg::emulation::compute_capability_major, 0, 1};
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 0;
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, CUstream_st*) {
   std::memset(memory, value, bytes);
   return cudaSuccess;
@@ -330,6 +363,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 // ---- The functions of cuda_primitives.cuh.
 
 namespace tfmtseg {
+
+inline int64_t BlocksWanted() { return emulation::blocks_wanted; }
 
 template <typename... Parameters, typename... Arguments>
 int Launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared_bytes,
@@ -365,30 +400,24 @@ int Launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared
 
 inline unsigned char* DynamicShared() { return emulation::dynamic_shared; }
 
-inline void CopyAsync16(void* shared, const void* global, bool valid) {
-  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
-    emulation::Fail("copy of 16 bytes is not aligned");
-  }
-  emulation::block->current->begun.push_back({shared, valid ? global : nullptr});
-}
-
-inline void CommitCopies() {
-  emulation::Fiber& fiber = *emulation::block->current;
-  fiber.committed.insert(fiber.committed.end(), fiber.begun.begin(), fiber.begun.end());
-  fiber.begun.clear();
-}
-
 inline void WaitForCopies() {
-  CommitCopies();  // cp.async.wait_all waits for these as well
-  emulation::Fiber& fiber = *emulation::block->current;
-  for (const emulation::Copy& copy : fiber.committed) {
+  std::vector<emulation::Copy>& copies = emulation::block->current->copies;
+  for (const emulation::Copy& copy : copies) {
     if (copy.global) {
       std::memcpy(copy.shared, copy.global, 16);
     } else {
       std::memset(copy.shared, 0, 16);
     }
   }
-  fiber.committed.clear();
+  copies.clear();
+}
+
+inline void CopyAsync16(void* shared, const void* global, bool valid) {
+  if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16) {
+    emulation::Fail("copy of 16 bytes is not aligned");
+  }
+  emulation::block->current->copies.push_back({shared, valid ? global : nullptr});
+  if (emulation::reversed_order) WaitForCopies();
 }
 
 template <bool kTransposed>

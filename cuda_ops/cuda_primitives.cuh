@@ -25,6 +25,10 @@
 
 namespace tfmtseg {
 
+// Two blocks for each multiprocessor of a large device. A constant, so that the size of the
+// workspace and the bits of the results do not depend on the device.
+inline int64_t BlocksWanted() { return 264; }
+
 // Queues one kernel; returns a CUDA error code.
 template <typename... Parameters, typename... Arguments>
 int Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
@@ -55,9 +59,7 @@ __device__ inline void CopyAsync16(void* shared, const void* global, bool valid)
                : "memory");
 }
 
-__device__ inline void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Waits for all copies this thread has committed.
+// Waits for all copies this thread has begun.
 __device__ inline void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.

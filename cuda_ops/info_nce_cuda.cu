@@ -13,10 +13,6 @@ namespace tfmtseg {
 namespace {
 
 constexpr int64_t kWidestTensorCoreRow = 256;
-// Two blocks for each multiprocessor of a large device. A constant, so that the size of the
-// workspace and the bits of the results do not depend on the device.
-constexpr int64_t kBlocksWanted = 264;
-
 bool IsValid(const InfoNceArguments& arguments) {
   constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - 64;
   return arguments.n >= 0 && arguments.n <= kMostRows && arguments.m >= 0 &&
@@ -55,7 +51,7 @@ void SplitSweep(int64_t owners, int64_t streamed, int64_t owner_tile, int64_t st
   *splits = 0;
   if (owner_tiles == 0 || streamed_tiles == 0) return;
   const int64_t wanted =
-      std::min(streamed_tiles, std::max<int64_t>(1, kBlocksWanted / owner_tiles));
+      std::min(streamed_tiles, std::max<int64_t>(1, BlocksWanted() / owner_tiles));
   *tiles_per_split = static_cast<int>((streamed_tiles + wanted - 1) / wanted);
   *splits = static_cast<int>((streamed_tiles + *tiles_per_split - 1) / *tiles_per_split);
 }
@@ -73,7 +69,8 @@ Plan MakePlan(const InfoNceArguments& arguments, Engine engine, bool with_gradie
     plan.width = arguments.d <= 64 ? 64 : arguments.d <= 128 ? 128 : 256;
     plan.row_bytes = plan.width * 2 * (split ? 2 : 1);
     plan.packs = split || arguments.type == DataType::kFloat32 || arguments.d != plan.width;
-    streamed_tile = split ? TensorCoreTile<true, 64>::kStreamed : TensorCoreTile<false, 64>::kStreamed;
+    streamed_tile =
+        split ? TensorCoreTile<true, 64>::kStreamed : TensorCoreTile<false, 64>::kStreamed;
   }
   static_assert(kScalarTile == kTensorCoreOwners, "SplitSweep is told one of them");
   SplitSweep(arguments.n, arguments.m, kTensorCoreOwners, streamed_tile,

@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) TensorCoreSweepKernel(S
     CopyRows<kStreamed, Tile::kParts, kWidth>(
         sweep.streamed, first, streamed_tiles + stage * Tile::kStreamedBytes,
         [&](int row) { return TakesPart(sweep, row); });
-    CommitCopies();
   };
 
   CopyRows<kTensorCoreOwners, Tile::kParts, kWidth>(

@@ -6,9 +6,10 @@ using tfmtseg::InfoNceArguments;
 
 extern "C" {
 
-void emulation_settings(int compute_capability_major, bool reversed_order) {
+void emulation_settings(int compute_capability_major, bool reversed_order, int blocks_wanted) {
   tfmtseg::emulation::compute_capability_major = compute_capability_major;
   tfmtseg::emulation::reversed_order = reversed_order;
+  tfmtseg::emulation::blocks_wanted = blocks_wanted;
 }
 
 // Through float16 (0) or bfloat16 (1) and back.

@@ -85,11 +85,16 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     return library
 
 
+def device(library, *, major=8, reversed_order=False, blocks=264) -> None:
+    """The emulated device; with 1 block wanted, a block does its whole row of tiles."""
+    library.emulation_settings(major, reversed_order, blocks)
+
+
 @pytest.fixture(autouse=True)
 def usual_device(request):
     yield
     if "library" in request.fixturenames:
-        request.getfixturevalue("library").emulation_settings(8, False)
+        device(request.getfixturevalue("library"))
 
 
 def pointer(array: np.ndarray | None) -> ctypes.c_void_p:
@@ -291,11 +296,12 @@ def tolerance_of(case: Problem) -> float:
 
 
 def check(library, case: Problem) -> None:
-    """Forward, backward and both at once against float64."""
+    """Forward, backward and both at once against float64, with sweeps split and whole."""
     tolerance = tolerance_of(case)
     expected = case.oracle()
-    assert_close(case.forward(library), expected[:3], tolerance, NAMES[:3])
     assert_close(case.backward(library), expected[3:], tolerance, NAMES[3:])
+    device(library, blocks=1)
+    assert_close(case.forward(library), expected[:3], tolerance, NAMES[:3])
     assert_close(case.forward_backward(library), expected, tolerance)
     assert case.error_flag() == 0
 
@@ -344,13 +350,12 @@ def test_more_features_than_one_block_of_columns(library):
     check(library, problem(66, 40, 300, engine=SCALAR))
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 264])
 @pytest.mark.parametrize("engine", [SCALAR, TENSOR_CORE, SPLIT])
-def test_streamed_rows_are_split_over_blocks_and_not(library, engine):
-    # 1 owner tile of 8 streamed ones is split; with 266 owner tiles nothing is.
-    few, many = problem(5, 500, 8, engine=engine), problem(17000, 3, 3, engine=engine)
-    assert_close(few.forward_backward(library), few.oracle(), tolerance_of(few))
-    if engine == SCALAR:  # 266 tiles take a while
-        assert_close(many.forward_backward(library), many.oracle(), tolerance_of(many))
+def test_streamed_rows_are_split_over_blocks(library, engine, blocks):
+    case = problem(5, 300, 8, engine=engine)  # 5 tiles, or 10
+    device(library, blocks=blocks)
+    assert_close(case.forward_backward(library), case.oracle(), tolerance_of(case))
 
 
 def test_gradients_by_finite_differences(library):
@@ -488,13 +493,32 @@ def test_nan_stays_in_masked_keys_and_unused_queries(library, engine, dtype):
 
 
 @pytest.mark.parametrize(("engine", "dtype"), ENGINES)
+def test_key_that_nobody_compares_keeps_its_nan(library, engine, dtype):
+    keys = rows(70, 20, 1)
+    keys[[3, 66]] = np.nan
+    case = Problem(rows(5, 20, 2), keys, np.full(5, -1), engine=engine, dtype=dtype)
+    loss, *_, grad_queries, grad_keys, grad_temperature = case.forward_backward(library)
+    for zeros in (loss, grad_queries, grad_keys, grad_temperature):
+        np.testing.assert_array_equal(decode(zeros), 0.0)
+
+
+@pytest.mark.parametrize(("engine", "dtype"), ENGINES)
 def test_bits_do_not_depend_on_the_order_of_threads(library, engine, dtype):
-    case = problem(70, 300, 40, engine=engine, dtype=dtype, **excluding(70, 300))
-    first = [*case.forward_backward(library), *case.backward(library)]
-    library.emulation_settings(8, True)
-    second = [*case.forward_backward(library), *case.backward(library)]
-    for one, other in zip(first, second, strict=True):
-        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+    case = problem(70, 200, 40, engine=engine, dtype=dtype, **excluding(70, 200))
+
+    def outputs():
+        return [
+            array
+            for function in (case.forward, case.forward_backward, case.backward)
+            for array in function(library)
+        ]
+
+    for blocks in (1, 264):
+        device(library, blocks=blocks)
+        first = outputs()
+        device(library, blocks=blocks, reversed_order=True)
+        for one, other in zip(first, outputs(), strict=True):
+            np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 @pytest.mark.parametrize("bad", [-2, 5, 2**31 - 1, -(2**31)])
@@ -534,7 +558,7 @@ def test_auto_asks_the_device(library):
     assert same(BFLOAT16, 100, TENSOR_CORE)
     assert not same(FLOAT32, 100, SCALAR)
     assert same(FLOAT32, 257, SCALAR)
-    library.emulation_settings(7, False)
+    device(library, major=7)
     assert same(FLOAT32, 100, SCALAR)
     assert same(BFLOAT16, 100, SCALAR)
 
@@ -557,7 +581,7 @@ def test_refused_calls(library):
     assert refused(library, INVALID_VALUE, d=0)
     assert refused(library, INVALID_VALUE, n=-1)
     assert refused(library, INVALID_VALUE, m=2**31)
-    library.emulation_settings(7, False)
+    device(library, major=7)
     assert refused(library, NOT_SUPPORTED, engine=SPLIT)
     assert refused(library, NOT_SUPPORTED, engine=TENSOR_CORE)
     assert library.error_string(NOT_SUPPORTED) == b"operation not supported"
