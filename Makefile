@@ -12,13 +12,15 @@ VENV := .venv
 VENV_ADDONS := .venv-addons
 PIP_FLAGS := --quiet --disable-pip-version-check
 PYTEST := -m pytest -p no:cacheprovider
+CALLS := 20000  # of each op, in `make sanitize`
 
-.PHONY: help demo test test-addons lint format clean
+.PHONY: help demo test test-addons lint format sanitize bazel clean
 help:
 	@echo "make demo         train two methods on synthetic volumes and compare them (3 minutes)"
 	@echo "make test         run the tests with the newest TensorFlow"
 	@echo "make test-addons  the same with TensorFlow 2.15 and TensorFlow Addons"
 	@echo "make lint         check style and types"
+	@echo "make sanitize     fuzz the native ops under address and undefined-behaviour sanitizers"
 
 # A stamp is newer than the settings it was installed from, or made again.
 $(VENV)/.installed: pyproject.toml setup.py
@@ -27,6 +29,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
 	@$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,lint]' 'tensorflow==2.21.*'
+	@$(VENV)/bin/python -m tfmtseg.ops.build || echo "Going on without native ops: plain TensorFlow takes their place"
 	@touch $@
 
 $(VENV_ADDONS)/.installed: pyproject.toml setup.py
@@ -35,6 +38,7 @@ $(VENV_ADDONS)/.installed: pyproject.toml setup.py
 	@$(PYTHON_ADDONS) -m venv $(VENV_ADDONS)
 	@$(VENV_ADDONS)/bin/python -m pip install $(PIP_FLAGS) --upgrade pip
 	@$(VENV_ADDONS)/bin/python -m pip install $(PIP_FLAGS) --editable '.[dev,addons]'
+	@$(VENV_ADDONS)/bin/python -m tfmtseg.ops.build || echo "Going on without native ops: plain TensorFlow takes their place"
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -55,5 +59,14 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+sanitize: $(VENV)/.installed
+	tests/ops/sanitize.sh $(VENV)/bin/python $(CALLS)
+
+# For one test, which is skipped without it.
+bazel:
+	@command -v bazel >/dev/null || { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	apt-get install -qq --no-install-recommends bazel-bootstrap; } >/dev/null 2>&1 \
+	|| echo "bazel: not found, and apt-get cannot install it here; its test will be skipped"
+
 clean:
-	rm -rf $(VENV) $(VENV_ADDONS) build dist *.egg-info demo_run
+	rm -rf $(VENV) $(VENV_ADDONS) build dist *.egg-info demo_run bazel-*

@@ -9,7 +9,16 @@ setup(
         *find_packages(include=["tfmtseg", "tfmtseg.*"]),
         "tfmtseg.tools",
         "tfmtseg.configs",
+        "tfmtseg.cuda_ops",  # sources only: the library is compiled where it is used
     ],
-    package_dir={"tfmtseg": "tfmtseg", "tfmtseg.tools": "tools", "tfmtseg.configs": "configs"},
-    package_data={"tfmtseg.configs": ["*.yaml"]},
+    package_dir={
+        "tfmtseg": "tfmtseg",
+        "tfmtseg.tools": "tools",
+        "tfmtseg.configs": "configs",
+        "tfmtseg.cuda_ops": "cuda_ops",
+    },
+    package_data={
+        "tfmtseg.configs": ["*.yaml"],
+        "tfmtseg.cuda_ops": ["*.cc", "*.h", "*.inc", "*.cu", "*.cuh"],
+    },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,14 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("needs the real data sets in ../shared/data, which are not here")
     return SHARED / "data"
+
+
+@pytest.fixture
+def repository_copy(tmp_path) -> Path:
+    """A copy of the repository, with the probe among the native ops, to build in."""
+    root = Path(__file__).resolve().parents[1]
+    ignored = [line.rstrip("/") for line in (root / ".gitignore").read_text().splitlines()]
+    copy = tmp_path / "repository"
+    shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".git", *ignored))
+    shutil.copytree(root / "tests" / "ops" / "probe", copy / "cuda_ops", dirs_exist_ok=True)
+    return copy

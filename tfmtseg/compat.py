@@ -46,6 +46,11 @@ def versions() -> dict[str, str]:
     return {"tensorflow": tf.__version__, "keras": keras.__version__}
 
 
+def tensorflow_build() -> tuple[str, str]:
+    """Version and git version of TensorFlow: together they tell builds apart."""
+    return tf.__version__, tf.version.GIT_VERSION
+
+
 def float32_weight(layer: keras.layers.Layer, **kwargs: Any) -> Any:
     """Adds a trainable weight that stays float32 under mixed precision.
 

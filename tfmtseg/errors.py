@@ -41,6 +41,25 @@ class InputErrors(ValueError):
         super().__init__(f"{count} {'problem' if count == 1 else 'problems'} found:\n{lines}")
 
 
+class NativeOpsError(RuntimeError):
+    """The native op library cannot be built or loaded.
+
+    The message reads `WHAT: WHY. Fix: ACTION.`
+
+    Args:
+        what: What was to be done.
+        why: What stood in the way; may end in lines of a compiler's output.
+        fix: What the user can do about it.
+    """
+
+    def __init__(self, what: str, why: str, fix: str):
+        self.what = what
+        self.why = why
+        self.fix = fix.rstrip(".")
+        end = "\n" if "\n" in why else ". "
+        super().__init__(f"{what}: {why}{end}Fix: {self.fix}.")
+
+
 class InputWarning(UserWarning):
     """Input that is used although something about it is odd.
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfmtseg.ops import info_nce, retrieval_accuracy
+from tfmtseg.ops import info_nce, nt_xent, reference, retrieval_accuracy, supervised_contrastive
+
+both = pytest.mark.parametrize("implementation", ["reference", "native"])
 
 
 def arrays(n: int, m: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -17,7 +19,16 @@ def arrays(n: int, m: int, d: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 
 
 def by_hand(
-    queries, keys, positives, temperature=0.1, normalize=True, query_ids=None, key_ids=None
+    queries,
+    keys,
+    positives=None,
+    temperature=0.1,
+    normalize=True,
+    query_ids=None,
+    key_ids=None,
+    key_mask=None,
+    query_labels=None,
+    key_labels=None,
 ) -> np.ndarray:
     """The definition, row by row in float64."""
     queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
@@ -25,15 +36,26 @@ def by_hand(
         queries = queries / np.linalg.norm(queries, axis=1, keepdims=True)
         keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     losses = []
-    for i, positive in enumerate(positives):
-        similar = keys @ queries[i] / temperature
-        negatives = [
-            similar[j]
-            for j in range(len(keys))
-            if j != positive and (query_ids is None or query_ids[i] != key_ids[j])
-        ]
+    for i, query in enumerate(queries):
+        similar = keys @ query / temperature
+        here = [j for j in range(len(keys)) if key_mask is None or key_mask[j]]
+        apart = [j for j in here if query_ids is None or query_ids[i] != key_ids[j]]
+        if query_labels is None:
+            own = [j for j in here if j == positives[i]]
+        else:
+            own = [j for j in apart if query_labels[i] == key_labels[j]]
+        negatives = [similar[j] for j in apart if j not in own]
         # log(1 + sum exp(s_j - s_p)) keeps its digits where the sum is far below 1.
-        losses.append(np.log1p(np.sum(np.exp(np.array(negatives) - similar[positive]))))
+        terms = [
+            np.logaddexp(
+                0.0,
+                np.logaddexp.reduce(
+                    [*negatives, *(similar[j] for j in own if j != p)] - similar[p]
+                ),
+            )
+            for p in own
+        ]
+        losses.append(np.mean(terms) if terms else 0.0)
     return np.array(losses)
 
 
@@ -50,75 +72,104 @@ def numeric_gradient(function, value, step=1e-5) -> np.ndarray:
     return gradient
 
 
-def with_ids(n: int, m: int, positives: np.ndarray) -> dict[str, np.ndarray]:
-    """Ids that leave out some pairs, the positives of all even queries among them."""
-    query_ids = np.arange(n) % 3
-    key_ids = np.arange(m) % 4
-    key_ids[positives[::2]] = query_ids[::2]
-    return {"query_ids": query_ids, "key_ids": key_ids}
+def comparisons(kind: str, n: int, m: int, positives: np.ndarray) -> dict[str, np.ndarray]:
+    """Arguments that say who is compared with whom."""
+    random = np.random.default_rng(5)
+    if kind == "plain":
+        return {"positives": positives}
+    if kind == "mask":  # some positives are masked too
+        return {"positives": positives, "key_mask": random.uniform(size=m) < 0.7}
+    ids = {"query_ids": np.arange(n) % 3, "key_ids": np.arange(m) % 4}
+    if kind == "labels":  # a query of a label that no key has
+        labels = {
+            "query_labels": random.integers(4, size=n),
+            "key_labels": random.integers(3, size=m),
+        }
+        return {**labels, **ids, "key_mask": random.uniform(size=m) < 0.9}
+    # Ids that leave out some pairs, the positives of all even queries among them.
+    ids["key_ids"][positives[::2]] = ids["query_ids"][::2]
+    some = np.where(np.arange(n) % 5 == 4, -1, positives) if kind == "none" else positives
+    return {"positives": some, **ids}
 
 
-# Sizes off any tile, one row, more queries than keys, long features.
-SIZES = [(1, 1, 1), (1, 5, 3), (5, 1, 2), (7, 13, 5), (33, 65, 17), (70, 40, 130)]
+KINDS = ["plain", "mask", "ids", "none", "labels"]
+# Sizes off any tile, one row, more queries than keys, long features, several tasks.
+SIZES = [(1, 1, 1), (1, 5, 3), (5, 1, 2), (7, 13, 5), (33, 65, 17), (70, 40, 130), (130, 500, 20)]
 
 
+@both
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("ids", [False, True])
-def test_matches_float64(size, normalize, ids):
+@pytest.mark.parametrize("kind", KINDS)
+def test_matches_float64(size, normalize, kind, implementation):
     queries, keys, positives = arrays(*size)
-    arguments = with_ids(*size[:2], positives) if ids else {}
+    arguments = comparisons(kind, *size[:2], positives)
     arguments |= {"temperature": 0.3, "normalize": normalize}
-    result = info_nce(queries, keys, positives=positives, **arguments)
+    result = info_nce(queries, keys, **arguments, implementation=implementation)
     assert result.dtype == tf.float32
     # Logits are up to 100 (raw, 130 features): rounded to 1e-5 in float32.
-    np.testing.assert_allclose(
-        result, by_hand(queries, keys, positives, **arguments), rtol=1e-5, atol=1e-4
-    )
+    np.testing.assert_allclose(result, by_hand(queries, keys, **arguments), rtol=1e-5, atol=1e-4)
 
 
+@both
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("ids", [False, True])
-def test_gradients_of_queries_keys_and_temperature(normalize, ids):
-    queries, keys, positives = arrays(5, 7, 3)
-    weights = np.random.default_rng(1).normal(size=5)
-    options = {"normalize": normalize, **(with_ids(5, 7, positives) if ids else {})}
-
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_gradients_of_all_inputs(normalize, kind, reduction, implementation):
+    queries, keys, positives = arrays(10, 7, 3)
+    weights = np.random.default_rng(1).uniform(0.5, 1.5, size=10)
+    options = {"normalize": normalize, **comparisons(kind, 10, 7, positives)}
     variables = [tf.constant(queries), tf.constant(keys), tf.constant(0.3)]
+    variables.append(tf.constant(weights, tf.float32))
     with tf.GradientTape() as tape:
         tape.watch(variables)
         losses = info_nce(
-            variables[0], variables[1], positives=positives, temperature=variables[2], **options
+            *variables[:2],
+            temperature=variables[2],
+            row_weights=variables[3],
+            reduction=reduction,
+            implementation=implementation,
+            **options,
         )
-        total = tf.reduce_sum(losses * weights.astype(np.float32))
+        assert losses.shape == ((10,) if reduction == "none" else ())
+        # Not 1, so that a lost factor shows.
+        total = 3.0 * tf.reduce_sum(losses)
     gradients = tape.gradient(total, variables)
 
-    def objective(q=queries, k=keys, temperature=0.3):
-        return weights @ by_hand(q, k, positives, float(temperature), **options)
+    def objective(q=queries, k=keys, temperature=0.3, w=weights):
+        losses = by_hand(q, k, temperature=float(temperature), **options)
+        return 3.0 * (w @ losses) / (w.sum() if reduction == "mean" else 1.0)
 
     expected = [
         numeric_gradient(lambda q: objective(q=q), queries),
         numeric_gradient(lambda k: objective(k=k), keys),
         numeric_gradient(lambda t: objective(temperature=t), 0.3),
+        numeric_gradient(lambda w: objective(w=w), weights),
     ]
+    np.testing.assert_allclose(total, objective(), rtol=1e-4)
     for gradient, right in zip(gradients, expected, strict=True):
-        assert np.abs(right).max() > 0.01
+        assert np.abs(right).max() > 1e-3
         # float32 against central differences; entries are of the order of 1 to 100.
-        np.testing.assert_allclose(gradient, right, rtol=1e-4, atol=2e-4)
+        np.testing.assert_allclose(gradient, right, rtol=2e-4, atol=2e-4 * np.abs(right).max())
 
 
-def test_own_key_is_the_default_positive():
+@both
+def test_own_key_is_the_default_positive(implementation):
     queries, keys, _ = arrays(6, 9, 4)
     np.testing.assert_array_equal(
-        info_nce(queries, keys), info_nce(queries, keys, positives=np.arange(6))
+        info_nce(queries, keys, implementation=implementation),
+        info_nce(queries, keys, positives=np.arange(6), implementation=implementation),
     )
 
 
-def test_ids_leave_out_negatives_but_never_the_positive():
+@both
+def test_ids_leave_out_negatives_but_never_the_positive(implementation):
     keys = np.eye(3, dtype=np.float32)
     queries = keys[:1]
     # Similarity 1 to the positive and 0 to two others, temperature 1.
-    compare = functools.partial(info_nce, queries, keys, positives=[0], temperature=1.0)
+    compare = functools.partial(
+        info_nce, queries, keys, positives=[0], temperature=1.0, implementation=implementation
+    )
     all_three = compare(query_ids=[9], key_ids=[0, 1, 2])
     np.testing.assert_allclose(all_three, [np.log(1 + 2 / np.e)], rtol=1e-6)
     without_second = compare(query_ids=[5], key_ids=[5, 5, 2])  # the positive has this id too
@@ -127,24 +178,69 @@ def test_ids_leave_out_negatives_but_never_the_positive():
     np.testing.assert_array_equal(without_any, [0.0])
 
 
-def test_row_without_negatives_has_a_zero_gradient():
+@both
+def test_row_without_negatives_has_a_zero_gradient(implementation):
     queries = tf.constant(arrays(2, 3, 4)[0])
     with tf.GradientTape() as tape:
         tape.watch(queries)
-        loss = info_nce(queries, queries, query_ids=[1, 1], key_ids=[1, 1])
+        loss = info_nce(
+            queries, queries, query_ids=[1, 1], key_ids=[1, 1], implementation=implementation
+        )
     np.testing.assert_array_equal(loss, [0, 0])
     np.testing.assert_array_equal(tape.gradient(loss, queries), np.zeros((2, 4)))
 
 
-def test_zero_vectors_have_finite_gradients():
+@both
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (3, 0), (0, 0)])
+def test_no_queries_or_no_keys(n, m, implementation):
+    queries, keys = tf.ones((n, 5)), tf.ones((m, 5))
+    with tf.GradientTape() as tape:
+        tape.watch([queries, keys])
+        losses = info_nce(queries, keys, positives=-np.ones(n, int), implementation=implementation)
+        total = tf.reduce_sum(losses)
+    np.testing.assert_array_equal(losses, np.zeros(n))
+    for gradient, shape in zip(tape.gradient(total, [queries, keys]), [n, m], strict=True):
+        np.testing.assert_array_equal(gradient, np.zeros((shape, 5)))
+    mean = info_nce(
+        queries, keys, positives=-np.ones(n, int), reduction="mean", implementation=implementation
+    )
+    assert float(mean) == 0
+
+
+@both
+def test_zero_vectors_have_finite_gradients(implementation):
     queries = tf.Variable(np.zeros((3, 4), np.float32))
     with tf.GradientTape() as tape:
-        loss = info_nce(queries, np.eye(3, 4, dtype=np.float32))
+        loss = info_nce(queries, np.eye(3, 4, dtype=np.float32), implementation=implementation)
     np.testing.assert_allclose(loss, np.log(3) * np.ones(3), rtol=1e-6)
     assert np.isfinite(tape.gradient(loss, queries)).all()
 
 
-def test_keeps_its_digits_where_the_naive_form_loses_them():
+@both
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_nan_is_passed_on(where, implementation):
+    queries, keys, positives = arrays(4, 6, 3)
+    (queries if where == "query" else keys)[2] = np.nan
+    options = {"positives": positives, "implementation": implementation}
+    expected = np.arange(4) == 2 if where == "query" else np.ones(4, bool)
+    np.testing.assert_array_equal(np.isnan(info_nce(queries, keys, **options)), expected)
+    assert np.isnan(info_nce(queries, keys, reduction="mean", **options))
+
+
+@both
+def test_very_negative_similarities_do_not_vanish(implementation):
+    # A running maximum that starts at 0 instead of -infinity would lose all of them.
+    queries, keys, positives = arrays(5, 9, 4)
+    queries, keys = np.abs(queries) * 30, -np.abs(keys) * 30
+    options = {"positives": positives, "normalize": False, "temperature": 1.0}
+    result = info_nce(queries, keys, **options, implementation=implementation)
+    expected = by_hand(queries, keys, **options)
+    assert expected.max() > 1000
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-3)
+
+
+@both
+def test_keeps_its_digits_where_the_naive_form_loses_them(implementation):
     # Queries that found their keys, at temperature 0.05: similarities near 20, where
     # neighbouring float32 numbers lie 1.9e-6 apart, and losses between 1e-12 and 1e-7.
     keys = np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0][:40]
@@ -154,7 +250,7 @@ def test_keeps_its_digits_where_the_naive_form_loses_them():
     expected = by_hand(queries, keys, np.arange(40), temperature=0.05)
     assert expected.max() < 2e-6
 
-    result = info_nce(queries, keys, temperature=0.05).numpy()
+    result = info_nce(queries, keys, temperature=0.05, implementation=implementation).numpy()
     assert (result > 0).all()
     # The relative error of a loss this small is the absolute error of the similarities.
     np.testing.assert_allclose(result, expected, rtol=5e-5)
@@ -167,17 +263,24 @@ def test_keeps_its_digits_where_the_naive_form_loses_them():
     assert (naive <= 0).any()
 
 
+@both
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_half_precision_is_computed_in_float32(dtype, normalize, implementation):
     queries, keys, positives = arrays(9, 11, 6)
     queries, keys = tf.cast(queries, dtype), tf.cast(keys, dtype)
-    result = info_nce(queries, keys, positives=positives)
+    options = {"positives": positives, "normalize": normalize}
+    with tf.GradientTape() as tape:
+        tape.watch(queries)
+        result = info_nce(queries, keys, **options, implementation=implementation)
     assert result.dtype == tf.float32
+    assert tape.gradient(result, queries).dtype == dtype
     wide = [tf.cast(rows, tf.float32).numpy() for rows in (queries, keys)]
-    np.testing.assert_allclose(result, by_hand(*wide, positives), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result, by_hand(*wide, **options), rtol=1e-5, atol=1e-5)
 
 
-def test_inside_a_graph_with_unknown_sizes():
+@both
+def test_inside_a_graph_with_unknown_sizes(implementation):
     @tf.function(
         input_signature=[
             tf.TensorSpec([None, None], tf.float32),
@@ -186,7 +289,7 @@ def test_inside_a_graph_with_unknown_sizes():
         ]
     )
     def traced(queries, keys, positives):
-        return info_nce(queries, keys, positives=positives)
+        return info_nce(queries, keys, positives=positives, implementation=implementation)
 
     for size in ((3, 4, 5), (8, 6, 2)):
         queries, keys, positives = arrays(*size)
@@ -195,7 +298,55 @@ def test_inside_a_graph_with_unknown_sizes():
         )
 
 
-def test_equals_npairs_loss_of_tensorflow_addons():
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("graph", [False, True])
+def test_chunks_of_the_reference_make_no_difference(kind, graph, monkeypatch):
+    queries, keys, positives = arrays(23, 11, 4)
+    options = comparisons(kind, 23, 11, positives)
+
+    def loss_and_gradients(queries, keys):
+        with tf.GradientTape() as tape:
+            tape.watch([queries, keys])
+            loss = info_nce(queries, keys, reduction="mean", implementation="reference", **options)
+        return loss, *tape.gradient(loss, [queries, keys])
+
+    inputs = tf.constant(queries), tf.constant(keys)
+    whole = loss_and_gradients(*inputs)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 60)  # 5 rows, the last chunk has 3
+    if graph:
+        free = tf.TensorSpec([None, 4])
+        parts = tf.function(loss_and_gradients, input_signature=[free, free])(*inputs)
+    else:
+        parts = loss_and_gradients(*inputs)
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)  # another order of sums
+
+
+@both
+def test_the_same_bits_each_time(implementation):
+    queries, keys, positives = arrays(300, 700, 40)
+
+    def gradients():
+        variables = [tf.constant(queries), tf.constant(keys), tf.constant(0.2)]
+        with tf.GradientTape() as tape:
+            tape.watch(variables)
+            loss = info_nce(
+                *variables[:2],
+                positives=positives,
+                temperature=variables[2],
+                reduction="mean",
+                implementation=implementation,
+            )
+        return [loss, *tape.gradient(loss, variables)]
+
+    first = gradients()
+    for _ in range(3):
+        for one, other in zip(first, gradients(), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@both
+def test_equals_npairs_loss_of_tensorflow_addons(implementation):
     # The only independent InfoNCE with the same name for things; it needs TensorFlow 2.15.
     addons = pytest.importorskip(
         "tensorflow_addons", reason="tensorflow_addons needs the environment with TensorFlow 2.15"
@@ -203,18 +354,54 @@ def test_equals_npairs_loss_of_tensorflow_addons():
     queries, keys, _ = arrays(12, 12, 8)
     similarity = queries @ keys.T / 3.0
     expected = addons.losses.npairs_loss(np.arange(12), similarity)
-    result = info_nce(queries, keys, temperature=3.0, normalize=False)
+    result = info_nce(
+        queries, keys, temperature=3.0, normalize=False, implementation=implementation
+    )
     np.testing.assert_allclose(np.mean(result), expected, rtol=1e-6)
+
+
+@both
+def test_nt_xent_by_its_definition(implementation):
+    first, second, _ = arrays(5, 5, 4)
+    views = np.concatenate([first, second])
+    partner = np.roll(np.arange(10), 5)
+    others = {"query_ids": np.arange(10), "key_ids": np.arange(10)}
+    np.testing.assert_allclose(
+        nt_xent(first, second, temperature=0.2, implementation=implementation),
+        by_hand(views, views, partner, 0.2, **others),
+        rtol=1e-5,
+    )
+
+
+@both
+def test_supervised_contrastive_by_its_definition(implementation):
+    rows, _, _ = arrays(9, 1, 4)
+    labels = np.array([0, 1, 0, 2, 1, 1, 3, 0, 2])  # 3 stands alone
+    similar = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    similar = similar @ similar.T / 0.2
+    expected = []
+    for i in range(9):
+        others = [j for j in range(9) if j != i]
+        own = [j for j in others if labels[j] == labels[i]]
+        total = np.log(sum(np.exp(similar[i, j]) for j in others))
+        expected.append(np.mean([total - similar[i, p] for p in own]) if own else 0.0)
+    result = supervised_contrastive(rows, labels, temperature=0.2, implementation=implementation)
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+    assert result.numpy()[6] == 0
+
+
+ONES = np.ones((2, 3), np.float32)
 
 
 @pytest.mark.parametrize(
     ("queries", "keys", "options", "message"),
     [
-        (np.ones((2, 3, 1)), np.ones((2, 3)), {}, "queries: shape is"),
-        (np.ones((2, 3)), np.ones(3), {}, "keys: shape is"),
-        (np.ones((2, 3)), np.ones((2, 4)), {}, "must agree in features"),
-        (np.ones((2, 3)), np.ones((2, 3)), {"query_ids": [0, 1]}, "must be both or neither"),
-        (np.ones((2, 3)), np.ones((2, 3)), {"key_ids": [0, 1]}, "must be both or neither"),
+        (np.ones((2, 3, 1)), ONES, {}, "queries: shape is"),
+        (ONES, np.ones(3), {}, "keys: shape is"),
+        (ONES, np.ones((2, 4)), {}, "must agree in features"),
+        (ONES, ONES, {"query_ids": [0, 1]}, "must be both or neither"),
+        (ONES, ONES, {"key_ids": [0, 1]}, "must be both or neither"),
+        (ONES, ONES, {"positives": [0]}, "positives: shape is"),
     ],
 )
 @pytest.mark.parametrize("function", [info_nce, retrieval_accuracy])
@@ -223,18 +410,62 @@ def test_bad_calls(function, queries, keys, options, message):
         function(queries.astype(np.float32), keys.astype(np.float32), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query_labels": [0, 1]}, "must be both or neither"),
+        ({"query_labels": [0, 1], "key_labels": [0, 1], "positives": [0, 1]}, "must be one of"),
+        ({"key_mask": [True]}, "key_mask: shape is"),
+        ({"row_weights": [1.0]}, "row_weights: shape is"),
+        ({"temperature": [1.0, 2.0]}, "temperature: shape is"),
+        ({"reduction": "all"}, "reduction: value is 'all'"),
+        ({"implementation": "cuda"}, "implementation: value is 'cuda'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        info_nce(ONES, ONES, **options)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int32])
+def test_types_that_cannot_be_compared(dtype):
+    with pytest.raises(ValueError, match="types are"):
+        info_nce(ONES.astype(dtype), ONES.astype(dtype))
+    with pytest.raises(ValueError, match="types are"):
+        info_nce(tf.constant(ONES), tf.cast(ONES, tf.bfloat16))
+
+
+@both
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
-def test_temperature_must_be_positive(temperature):
+def test_temperature_must_be_positive(temperature, implementation):
     queries, keys, positives = arrays(2, 3, 4)
     with pytest.raises(tf.errors.InvalidArgumentError, match="temperature must be positive"):
-        info_nce(queries, keys, positives=positives, temperature=temperature)
+        info_nce(
+            queries,
+            keys,
+            positives=positives,
+            temperature=temperature,
+            implementation=implementation,
+        )
+
+
+@both
+def test_positives_must_be_keys(implementation):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="positives must be less than"):
+        info_nce(ONES, ONES, positives=[0, 2], implementation=implementation)
+
+
+def test_ids_beyond_32_bits_are_refused():
+    ids = np.array([1, 2**40])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="query_ids"):
+        info_nce(ONES, ONES, query_ids=ids, key_ids=ids)
 
 
 @pytest.mark.parametrize("ids", [False, True])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_retrieval_accuracy_by_counting(ids, normalize):
     queries, keys, positives = arrays(60, 7, 3)
-    options = with_ids(60, 7, positives) if ids else {}
+    options = comparisons("ids" if ids else "plain", 60, 7, positives)
     lengths = np.linalg.norm(keys, axis=1) if normalize else 1.0
     similar = queries @ keys.T / lengths  # the length of a query does not change its order
     expected = []
@@ -245,7 +476,7 @@ def test_retrieval_accuracy_by_counting(ids, normalize):
             if j != positive and not (ids and options["query_ids"][i] == options["key_ids"][j])
         ]
         expected.append(float(all(similar[i, positive] > other for other in others)))
-    result = retrieval_accuracy(queries, keys, positives=positives, normalize=normalize, **options)
+    result = retrieval_accuracy(queries, keys, normalize=normalize, **options)
     np.testing.assert_array_equal(result, expected)
     assert 0 < np.mean(expected) < 1
 

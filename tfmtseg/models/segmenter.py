@@ -153,12 +153,17 @@ class Segmenter(keras.Model):
                 3D convolutions on CPU about ten times slower.
 
         Raises:
-            ValueError: If a loss is given.
+            ValueError: If a loss is given, or XLA asked for with a contrastive branch.
         """
         if loss is not None:
             raise ValueError(
                 f"loss: value is {loss!r}, must be None. Fix: leave it out, "
                 "Segmenter carries the losses of its method."
+            )
+        if self.branch is not None and kwargs.get("jit_compile") not in (None, False):
+            raise ValueError(
+                f"jit_compile: value is {kwargs['jit_compile']!r}, must be False with a "
+                "contrastive branch, whose op has no XLA form. Fix: leave it out."
             )
         super().compile(optimizer=optimizer, **{"jit_compile": False, **kwargs})
 

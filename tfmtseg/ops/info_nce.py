@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tensorflow as tf
 
-from tfmtseg.ops import reference
+from tfmtseg.ops import library, native, reference
+from tfmtseg.ops.reference import Candidates
 
-
-def _prepare(
-    queries: tf.Tensor,
-    keys: tf.Tensor,
-    positives: tf.Tensor | None,
-    temperature: tf.Tensor | float,
-    query_ids: tf.Tensor | None,
-    key_ids: tf.Tensor | None,
-) -> tuple[tf.Tensor, ...]:
-    """Converts and checks the arguments that the functions below share."""
-    queries = tf.convert_to_tensor(queries)
-    keys = tf.convert_to_tensor(keys)
-    for name, rows in (("queries", queries), ("keys", keys)):
-        if rows.shape.rank != 2:
-            raise ValueError(f"{name}: shape is {rows.shape}, must be (rows, features)")
-    if not queries.shape[1:].is_compatible_with(keys.shape[1:]):
-        raise ValueError(
-            f"queries, keys: shapes are {queries.shape} and {keys.shape}, must agree in features"
-        )
-    if (query_ids is None) != (key_ids is None):
-        raise ValueError("query_ids, key_ids: one is None, must be both or neither")
-    if positives is None:
-        positives = tf.range(tf.shape(queries)[0])
-    if query_ids is not None:
-        query_ids = tf.convert_to_tensor(query_ids)
-        key_ids = tf.convert_to_tensor(key_ids)
-    temperature = tf.cast(temperature, tf.float32)
-    with tf.control_dependencies(
-        [tf.debugging.assert_positive(temperature, "temperature must be positive")]
-    ):
-        temperature = tf.identity(temperature)
-    return queries, keys, tf.convert_to_tensor(positives), temperature, query_ids, key_ids
+IMPLEMENTATIONS = ("auto", "native", "reference")
+REDUCTIONS = ("none", "mean", "sum")
 
 
 def info_nce(
@@ -45,44 +18,158 @@ def info_nce(
     keys: tf.Tensor,
     *,
     positives: tf.Tensor | None = None,
+    query_labels: tf.Tensor | None = None,
+    key_labels: tf.Tensor | None = None,
     temperature: tf.Tensor | float = 0.1,
     normalize: bool = True,
     query_ids: tf.Tensor | None = None,
     key_ids: tf.Tensor | None = None,
+    key_mask: tf.Tensor | None = None,
+    row_weights: tf.Tensor | None = None,
+    reduction: str = "none",
+    implementation: str = "auto",
 ) -> tf.Tensor:
-    """InfoNCE loss of every query, in nats.
+    """InfoNCE loss, in nats, without the matrix of similarities in memory.
 
-    `loss_i = -log(exp(s_ip) / sum_j exp(s_ij))` with `s_ij = q_i . k_j / temperature`;
-    `p` is the positive of query `i` and `j` runs over the positive and all negatives.
-    A row without any negative has loss 0.
+    `loss_i = -mean_p log(exp(s_ip) / sum_j exp(s_ij))` with `s_ij = q_i . k_j /
+    temperature`, where `p` runs over the positives of query `i` and `j` over positives
+    and negatives. A query has one positive, by its row, or those of its label
+    (supervised contrastive). Queries without a positive, and those without a negative
+    and with one positive, have loss 0 and gradient 0.
+
+    With `reduction="mean"` or `"sum"` the gradients are made together with the loss,
+    from one set of logits, which saves a quarter of the work in training.
 
     Args:
-        queries: Float, `(N, D)`.
-        keys: Float, `(M, D)`.
-        positives: Integers `(N,)`, the row of `keys` that each query has to find.
-            Defaults to key `i` for query `i`.
+        queries: Float32, bfloat16 or float16, `(N, D)`.
+        keys: The same type, `(M, D)`.
+        positives: Integers `(N,)`, the row of `keys` that each query has to find;
+            negative for none. Defaults to key `i` for query `i`.
+        query_labels: Integers `(N,)`, instead of `positives`: keys of the same label
+            are the query's positives.
+        key_labels: Integers `(M,)`; given together with `query_labels`.
         temperature: Positive number or scalar tensor.
-        normalize: Whether to scale queries and keys to length 1 first.
+        normalize: Whether to scale queries and keys to length 1 first, in float32.
         query_ids: Integers `(N,)`. A pair of query and key with equal ids is not
-            compared, unless it is the query's positive.
+            compared, unless `positives` names it.
         key_ids: Integers `(M,)`; given together with `query_ids`.
+        key_mask: Booleans `(M,)`; False leaves a key out everywhere.
+        row_weights: Floats `(N,)`, factors of the losses.
+        reduction: `"none"`, `"sum"`, or `"mean"`: the sum divided by that of the
+            weights, or by `N` without weights.
+        implementation: `"native"` is the op of `cuda_ops/`, built on first use;
+            `"reference"` plain TensorFlow; `"auto"` native where it can be had, else
+            reference with one warning. The native op does not run under XLA.
 
     Returns:
-        Float32, `(N,)`. Differentiable in `queries`, `keys` and `temperature`.
+        Float32, `(N,)`, or `()` when reduced. Differentiable in `queries`, `keys`,
+        `temperature` and `row_weights`.
 
     Raises:
-        ValueError: If a rank is not 2, the feature counts differ or only one of the
-            two ids is given.
-        tf.errors.InvalidArgumentError: If the temperature is not positive.
+        ValueError: If a rank is wrong, feature counts or types differ, only one of two
+            arguments that belong together is given, or a name is unknown.
+        tf.errors.InvalidArgumentError: If the temperature is not positive or a
+            positive is no row of `keys`.
+        tfmtseg.ops.library.NativeOpsError: If `"native"` is asked for and cannot be
+            built or loaded.
 
     Reference:
-        [van den Oord et al., 2018](https://arxiv.org/abs/1807.03748), equation 4.
+        [van den Oord et al., 2018](https://arxiv.org/abs/1807.03748), equation 4;
+        [Khosla et al., 2020](https://arxiv.org/abs/2004.11362), equation 2.
     """
-    queries, keys, positives, temperature, query_ids, key_ids = _prepare(
-        queries, keys, positives, temperature, query_ids, key_ids
+    for name, value, known in (
+        ("implementation", implementation, IMPLEMENTATIONS),
+        ("reduction", reduction, REDUCTIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name}: value is {value!r}, must be one of {', '.join(known)}")
+    queries, keys = _rows(queries, keys, normalize)
+    if (query_labels is None) != (key_labels is None):
+        raise ValueError("query_labels, key_labels: one is None, must be both or neither")
+    if query_labels is not None and positives is not None:
+        raise ValueError("positives: given beside query_labels, must be one of them")
+    candidates = _candidates(
+        queries,
+        keys,
+        positives if query_labels is None else query_labels,
+        key_labels,
+        query_ids,
+        key_ids,
+        key_mask,
     )
-    return reference.info_nce_reference(
-        queries, keys, positives, temperature, normalize, query_ids, key_ids
+    backend = native if choose(implementation) == "native" else reference
+    temperature = _positive(temperature)
+    weights = None
+    if row_weights is not None:
+        weights = _vector("row_weights", row_weights, queries, tf.float32)
+    if reduction == "none":
+        losses = _each(backend, queries, keys, temperature, candidates)
+        return losses if weights is None else weights * losses
+    if weights is None:
+        weights = tf.ones(tf.shape(queries)[:1])
+    if reduction == "mean":
+        weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
+    return _weighted_sum(backend, queries, keys, temperature, candidates, weights)
+
+
+def nt_xent(
+    first: tf.Tensor, second: tf.Tensor, *, temperature: tf.Tensor | float = 0.1, **kwargs: Any
+) -> tf.Tensor:
+    """NT-Xent: both views of a sample find each other among all views of a batch.
+
+    Args:
+        first: Float, `(N, D)`, one view of each sample.
+        second: The same shape, the other view.
+        temperature: Positive number or scalar tensor.
+        **kwargs: `normalize`, `reduction` and `implementation` of `info_nce`.
+
+    Returns:
+        Float32, `(2 N,)` for the first and then the second views, or `()` when reduced.
+
+    Reference:
+        [Chen et al., 2020](https://arxiv.org/abs/2002.05709), equation 1.
+    """
+    views = tf.concat([first, second], 0)
+    samples = tf.shape(first)[0]
+    own = tf.range(2 * samples)
+    return info_nce(
+        views,
+        views,
+        positives=tf.concat([own[samples:], own[:samples]], 0),
+        query_ids=own,
+        key_ids=own,
+        temperature=temperature,
+        **kwargs,
+    )
+
+
+def supervised_contrastive(
+    rows: tf.Tensor, labels: tf.Tensor, *, temperature: tf.Tensor | float = 0.1, **kwargs: Any
+) -> tf.Tensor:
+    """Supervised contrastive loss: rows of one label find each other among all rows.
+
+    Args:
+        rows: Float, `(N, D)`.
+        labels: Integers, `(N,)`.
+        temperature: Positive number or scalar tensor.
+        **kwargs: `normalize`, `reduction` and `implementation` of `info_nce`.
+
+    Returns:
+        Float32, `(N,)`, 0 for the only row of a label, or `()` when reduced.
+
+    Reference:
+        [Khosla et al., 2020](https://arxiv.org/abs/2004.11362), equation 2.
+    """
+    own = tf.range(tf.shape(rows)[0])
+    return info_nce(
+        rows,
+        rows,
+        query_labels=labels,
+        key_labels=labels,
+        query_ids=own,
+        key_ids=own,
+        temperature=temperature,
+        **kwargs,
     )
 
 
@@ -108,11 +195,157 @@ def retrieval_accuracy(
     Returns:
         Float32, `(N,)`: 1 or 0. Has no gradient.
     """
-    queries, keys, positives, one, query_ids, key_ids = _prepare(
-        queries, keys, positives, 1.0, query_ids, key_ids
+    queries, keys = _rows(tf.stop_gradient(queries), tf.stop_gradient(keys), normalize)
+    candidates = _candidates(queries, keys, positives, None, query_ids, key_ids, None)
+    return reference.accuracies(queries, keys, candidates)
+
+
+def choose(implementation: str = "auto") -> str:
+    """`"native"` or `"reference"`: what `implementation` comes to on this machine.
+
+    Raises:
+        tfmtseg.ops.library.NativeOpsError: If `"native"` is asked for and cannot be had.
+    """
+    if implementation == "native":
+        library.load()
+    elif implementation == "reference" or not library.available():
+        return "reference"
+    return "native"
+
+
+def _each(
+    backend: Any,
+    queries: tf.Tensor,
+    keys: tf.Tensor,
+    temperature: tf.Tensor,
+    candidates: Candidates,
+) -> tf.Tensor:
+    """The loss of each row; the gradient makes the logits again."""
+
+    @tf.custom_gradient
+    def forward(queries: tf.Tensor, keys: tf.Tensor, temperature: tf.Tensor) -> Any:
+        losses = backend.losses(queries, keys, temperature, candidates)
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            _, by_queries, by_keys, by_temperature = backend.losses_with_gradients(
+                queries, keys, temperature, candidates, upstream
+            )
+            return (
+                tf.cast(by_queries, queries.dtype),
+                tf.cast(by_keys, keys.dtype),
+                by_temperature,
+            )
+
+        return losses, gradient
+
+    return forward(queries, keys, temperature)
+
+
+def _weighted_sum(
+    backend: Any,
+    queries: tf.Tensor,
+    keys: tf.Tensor,
+    temperature: tf.Tensor,
+    candidates: Candidates,
+    weights: tf.Tensor,
+) -> tf.Tensor:
+    """The weighted sum of the losses; the gradient is a scaling of what is made with it."""
+
+    @tf.custom_gradient
+    def forward(
+        queries: tf.Tensor, keys: tf.Tensor, temperature: tf.Tensor, weights: tf.Tensor
+    ) -> Any:
+        losses, *gradients = backend.losses_with_gradients(
+            queries, keys, temperature, candidates, weights
+        )
+
+        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            by_queries, by_keys, by_temperature = (upstream * part for part in gradients)
+            return (
+                tf.cast(by_queries, queries.dtype),
+                tf.cast(by_keys, keys.dtype),
+                by_temperature,
+                upstream * losses,
+            )
+
+        return tf.reduce_sum(weights * losses), gradient
+
+    return forward(queries, keys, temperature, weights)
+
+
+def _rows(queries: tf.Tensor, keys: tf.Tensor, normalize: bool) -> tuple[tf.Tensor, tf.Tensor]:
+    queries, keys = tf.convert_to_tensor(queries), tf.convert_to_tensor(keys)
+    for name, rows in (("queries", queries), ("keys", keys)):
+        if rows.shape.rank != 2:
+            raise ValueError(f"{name}: shape is {rows.shape}, must be (rows, features)")
+    if not queries.shape[1:].is_compatible_with(keys.shape[1:]):
+        raise ValueError(
+            f"queries, keys: shapes are {queries.shape} and {keys.shape}, must agree in features"
+        )
+    known = (tf.float32, tf.bfloat16, tf.float16)
+    if queries.dtype != keys.dtype or queries.dtype not in known:
+        raise ValueError(
+            f"queries, keys: types are {queries.dtype.name} and {keys.dtype.name}, must be the "
+            "same: float32, bfloat16 or float16"
+        )
+    if normalize:
+        queries, keys = (
+            tf.math.l2_normalize(tf.cast(rows, tf.float32), axis=-1) for rows in (queries, keys)
+        )
+    return queries, keys
+
+
+def _vector(name: str, values: Any, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """`values` as a vector with one entry for each of `rows`."""
+    values = tf.convert_to_tensor(values)
+    if values.shape.rank != 1 or not values.shape.is_compatible_with(rows.shape[:1]):
+        raise ValueError(f"{name}: shape is {values.shape}, must be {rows.shape[:1]}")
+    if dtype == tf.int32 and values.dtype == tf.int64:
+        limits = [
+            tf.debugging.assert_less_equal(tf.abs(values), tf.constant(dtype.max, tf.int64), name)
+        ]
+        with tf.control_dependencies(limits):
+            return tf.cast(values, dtype)
+    return tf.cast(values, dtype)
+
+
+def _candidates(
+    queries: tf.Tensor,
+    keys: tf.Tensor,
+    positives: tf.Tensor | None,
+    key_labels: tf.Tensor | None,
+    query_ids: tf.Tensor | None,
+    key_ids: tf.Tensor | None,
+    key_mask: tf.Tensor | None,
+) -> Candidates:
+    if (query_ids is None) != (key_ids is None):
+        raise ValueError("query_ids, key_ids: one is None, must be both or neither")
+
+    def vector(name: str, values: Any, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor | None:
+        return None if values is None else _vector(name, values, rows, dtype)
+
+    if positives is None:
+        positives = tf.range(tf.shape(queries)[0])
+    name = "positives" if key_labels is None else "query_labels"
+    positives = _vector(name, positives, queries, tf.int32)
+    if key_labels is None:
+        rule = f"{name} must be less than the number of keys"
+        inside = tf.debugging.assert_less(positives, tf.shape(keys)[0], rule)
+        with tf.control_dependencies([] if inside is None else [inside]):
+            positives = tf.identity(positives)
+    return Candidates(
+        positives,
+        vector("key_labels", key_labels, keys, tf.int32),
+        vector("query_ids", query_ids, queries, tf.int32),
+        vector("key_ids", key_ids, keys, tf.int32),
+        vector("key_mask", key_mask, keys, tf.bool),
     )
-    logits = reference.similarities(
-        tf.stop_gradient(queries), tf.stop_gradient(keys), one, normalize
-    )
-    positive, negatives = reference.split_candidates(logits, positives, query_ids, key_ids)
-    return tf.cast(positive > tf.reduce_max(negatives, axis=1), tf.float32)
+
+
+def _positive(temperature: tf.Tensor | float) -> tf.Tensor:
+    temperature = tf.cast(temperature, tf.float32)
+    if temperature.shape.rank != 0:
+        raise ValueError(f"temperature: shape is {temperature.shape}, must be ()")
+    check = tf.debugging.assert_positive(temperature, "temperature must be positive")
+    with tf.control_dependencies([] if check is None else [check]):
+        return tf.identity(temperature)

@@ -36,6 +36,7 @@ from tfmtseg.data.splits import Splits, make_splits, subject_of
 from tfmtseg.errors import InputError
 from tfmtseg.files import write_json, write_text
 from tfmtseg.models.segmenter import Segmenter
+from tfmtseg.ops.info_nce import choose
 from tfmtseg.regions import Regions
 from tfmtseg.training.callbacks import Checkpoints, History, Progress, TensorBoard
 from tfmtseg.training.config import TrainConfig, read_settings
@@ -100,7 +101,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "parameters": model.count_parameters(),
         **compat.versions(),
-        "info_nce_implementation": None if model.branch is None else "reference",
+        "info_nce_implementation": None if model.branch is None else choose(),
         "history_file": "history.csv",
     }
     write_json(result_file, result)

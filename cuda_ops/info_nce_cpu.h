@@ -1,0 +1,57 @@
+// InfoNCE on CPU. No TensorFlow header here or in the files that include this one.
+
+#ifndef TFMTSEG_INFO_NCE_CPU_H_
+#define TFMTSEG_INFO_NCE_CPU_H_
+
+#include <cstdint>
+#include <functional>
+
+namespace tfmtseg {
+
+// Runs body(begin, end) over parts of [0, total), perhaps side by side. `cost` is about
+// the number of arithmetic operations of one unit.
+using ParallelFor = std::function<void(int64_t total, int64_t cost,
+                                       const std::function<void(int64_t, int64_t)>& body)>;
+
+// Queries [n, d] and keys [m, d], row-major, as they are compared: normalised before, if at all.
+// Pointers that may be null say so; then nothing is left out for their reason.
+struct InfoNceProblem {
+  const float* queries;
+  const float* keys;
+  // Either the key each query has to find (a negative number: none), [n] ...
+  const int32_t* positives;
+  // ... or labels, [n] and [m]: keys of a query's label are its positives.
+  const int32_t* query_labels;
+  const int32_t* key_labels;
+  // May be null, [n] and [m]. Pairs of equal ids are not compared; an explicit positive is.
+  const int32_t* query_ids;
+  const int32_t* key_ids;
+  const bool* key_mask;  // may be null, [m]; false leaves a key out everywhere
+  int64_t n, m, d;
+  float temperature;
+};
+
+// Gradients are of sum_i w_i loss_i. Without them, what stands below is not touched.
+struct InfoNceResult {
+  float* losses;  // [n]
+  bool with_gradients;
+  const float* row_weights;  // w, [n]
+  float* grad_queries;       // [n, d]
+  float* grad_keys;          // [m, d]
+  float* grad_temperature;   // one number
+};
+
+// Never holds the n x m matrix: at most about 16 MB of it, and two copies of the keys. The same
+// bits at any number of threads. Throws std::bad_alloc.
+//
+// The instruction set is chosen at run time. The environment variable TFMTSEG_INSTRUCTION_SET
+// (generic, avx2, avx512) chooses a lower one than the processor has.
+void InfoNceCpu(const InfoNceProblem& problem, const ParallelFor& parallel_for,
+                const InfoNceResult& result);
+
+// Name of the instruction set that InfoNceCpu uses.
+const char* InfoNceCpuInstructionSet();
+
+}  // namespace tfmtseg
+
+#endif  // TFMTSEG_INFO_NCE_CPU_H_

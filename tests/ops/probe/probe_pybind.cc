@@ -1,0 +1,1 @@
+#error "not part of the op library"

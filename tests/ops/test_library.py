@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import threading
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg.errors import NativeOpsError
+from tfmtseg.ops import build, library
+from tfmtseg.ops.record import read_record
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """As in a process that has not loaded anything."""
+    monkeypatch.setattr(library, "_loaded", None)
+    monkeypatch.setattr(library, "_reason", None)
+    monkeypatch.delenv("TFMTSEG_NATIVE_OPS", raising=False)
+
+
+@pytest.fixture
+def probe(probe_library, probe_sources, monkeypatch) -> Path:
+    """The probe is this package's op, and built already; there is no compiler."""
+    monkeypatch.setattr(build, "source_dir", lambda: probe_sources)
+    monkeypatch.setenv("TFMTSEG_CACHE_DIR", str(probe_library.parent))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    return probe_library
+
+
+def fake(path: Path, **changes: object) -> Path:
+    """A file with the record of a library for here, and nothing else."""
+    record = replace(build.here(build.source_dir()), **changes)
+    path.parent.mkdir(exist_ok=True)
+    text = record.source_text().split('R"record(')[1].split(')record"')[0]
+    path.write_bytes(b"\x7fELF\0" + text.encode() + b"\0")
+    return path
+
+
+@pytest.mark.usefixtures("probe")
+def test_the_op_runs():
+    x = np.arange(1000, dtype=np.float32)
+    ops = library.load()
+    twice, unit = ops.tfmtseg_probe(x)
+    np.testing.assert_array_equal(twice, 2 * x)
+    assert unit.numpy() in (b"generic", b"avx2", b"avx512")
+    # The library with CUDA inside loads without a driver.
+    assert library.has_cuda() == (build.find_nvcc() is not None)
+
+
+@pytest.mark.usefixtures("probe")
+def test_loads_once_under_threads(monkeypatch):
+    calls = []
+    real = tf.load_op_library
+    monkeypatch.setattr(tf, "load_op_library", lambda path: calls.append(path) or real(path))
+    loaded = []
+    threads = [threading.Thread(target=lambda: loaded.append(library.load())) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert len(loaded) == 8
+    assert all(each is loaded[0] for each in loaded)
+
+
+def test_builds_on_first_use(cache, plain_sources, compiler_log, monkeypatch):
+    monkeypatch.setattr(build, "source_dir", lambda: plain_sources)
+    library.load()
+    assert len(list(cache.glob("*.so"))) == 1
+    compiled = compiler_log.read_text()
+    monkeypatch.setattr(library, "_loaded", None)
+    library.load()
+    assert compiler_log.read_text() == compiled
+
+
+def test_may_not_build(cache, plain_sources, compiler_log, monkeypatch):
+    monkeypatch.setattr(build, "source_dir", lambda: plain_sources)
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", "0")
+    with pytest.raises(NativeOpsError, match="TFMTSEG_NATIVE_OPS=0 forbids to build it"):
+        library.load()
+    assert compiler_log.read_text() == ""
+    assert not cache.exists()
+
+
+def test_may_not_build_but_is_built(probe, monkeypatch):
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", "0")
+    assert library.load().tfmtseg_probe([1.0]).twice.numpy() == [2]
+
+
+def test_a_library_by_path(probe, tmp_path, monkeypatch):
+    copy = tmp_path / "copy.so"
+    copy.write_bytes(probe.read_bytes())
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(copy))
+    monkeypatch.setattr(tf, "load_op_library", lambda path: path)  # its op is there already
+    assert library.load() == str(copy)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ('"tensorflow": "{}"', '"tensorflow": "{}"', "was built for TensorFlow 9"),
+        ('"sources": "{}"', '"sources": "{}"', "was built from other sources than"),
+        ('"machine": "{}"', '"machine": "{}"', "was built for 9"),
+        ("tfmtseg-native-ops:", "another-native-ops:", "it is no native op library"),
+    ],
+)
+def test_what_does_not_fit_is_refused(probe, tmp_path, monkeypatch, old, new, reason):
+    field = old.split('"')[1] if '"' in old else ""
+    value = getattr(read_record(probe), field) if field else ""
+    content = probe.read_bytes()
+    old, new = old.format(value).encode(), new.format("9" + value[1:]).encode()
+    assert content.count(old) == 1
+    other = tmp_path / "other.so"
+    other.write_bytes(content.replace(old, new))
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(other))
+    with pytest.raises(NativeOpsError, match=reason) as caught:
+        library.load()
+    assert str(caught.value).startswith(f"loading {other}: it ")
+    assert "Fix: unset TFMTSEG_NATIVE_OPS" in str(caught.value)
+
+
+def test_a_missing_or_broken_file(probe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(tmp_path / "none.so"))
+    with pytest.raises(NativeOpsError, match=r"none.so: No such file or directory. Fix: unset"):
+        library.load()
+    broken = fake(tmp_path / "broken.so")
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(broken))
+    with pytest.raises(NativeOpsError, match=r"broken.so: .*Fix: remove this file"):
+        library.load()
+
+
+def test_the_best_built_ahead(cache, probe_sources, monkeypatch):
+    monkeypatch.setattr(build, "source_dir", lambda: probe_sources)
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setattr(build, "make", lambda plan: cache / "built")
+    here = build.here(probe_sources)
+    name = "libtfmtseg_ops-" + here.tensorflow
+    fake(cache / f"{name}-0.so", tensorflow_git="another")
+    fake(cache / f"{name}-1.so", tensorflow_bytes=1)
+    fake(cache / f"{name}-2.so", sources="another")
+    (cache / f"{name}-3.so").touch()
+    with pytest.raises(NativeOpsError, match="forbids"):
+        library._find(here, gpu=True, may_build=False)
+
+    cpu = fake(cache / f"{name}-4.so", compiler="another")
+    assert library._find(here, gpu=False, may_build=False) == cpu
+    assert library._find(here, gpu=False, may_build=True) == cache / "built"
+    assert library._find(here, gpu=True, may_build=True) == cache / "built"
+
+    cuda = fake(cache / f"{name}-5.so", architectures=(80,))
+    assert library._find(here, gpu=False, may_build=False) == cpu
+    assert library._find(here, gpu=True, may_build=False) == cuda
+    assert library._find(here, gpu=True, may_build=True) == cuda  # nvcc was elsewhere
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert library._find(here, gpu=False, may_build=True) == cpu
+
+
+def test_a_gpu_that_is_left_unused_is_told(cache, probe_sources, monkeypatch):
+    monkeypatch.setattr(build, "source_dir", lambda: probe_sources)
+    monkeypatch.setattr(build, "visible_architectures", lambda: [80])
+    monkeypatch.setattr(tf, "load_op_library", lambda path: path)
+    path = fake(cache / "some.so")
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(path))
+    with pytest.warns(UserWarning, match="built without CUDA: the native ops run") as caught:
+        library.load()
+    assert [each.filename for each in caught] == [__file__]
+    assert library.load() == str(path)  # once
+    monkeypatch.setattr(library, "_loaded", None)
+    fake(path, architectures=(80,))
+    library.load()
+
+
+def test_available_warns_once(cache, plain_sources, monkeypatch):
+    monkeypatch.setattr(build, "source_dir", lambda: plain_sources)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.warns(UserWarning, match="Native ops are not used") as caught:
+        assert not library.available()
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith("Native ops are not used. ")
+    assert "no-such-compiler is not found on PATH. Fix: install g++" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not library.available()
+    with pytest.raises(NativeOpsError):  # asking for it stays an error
+        library.load()
+
+
+@pytest.mark.usefixtures("probe")
+def test_available():
+    assert library.available()
+    assert library.load().tfmtseg_probe([1.0]).twice.numpy() == [2]

@@ -1,0 +1,63 @@
+"""What is shipped builds its native op library without the repository."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_a_wheel_from_the_sdist(repository_copy, tmp_path):
+    backend = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    before = {path for path in repository_copy.rglob("*") if path.is_file()}
+    run(sys.executable, "-c", backend, tmp_path, cwd=repository_copy)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "sdist", filter="data")
+    (unpacked,) = (tmp_path / "sdist").iterdir()
+    missing = [
+        path for path in before if not (unpacked / path.relative_to(repository_copy)).exists()
+    ]
+    assert missing == []
+
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ".", cwd=unpacked)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {Path(name).name for name in archive.namelist() if "/cuda_ops/" in name}
+    assert shipped == {path.name for path in (repository_copy / "cuda_ops").iterdir()}
+
+    target = tmp_path / "installed"
+    run(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    code = (
+        "from tfmtseg.ops import build, library\n"
+        "print(build.source_dir(), *library.load().tfmtseg_probe([3.0]).twice.numpy())\n"
+    )
+    output = run(
+        *(sys.executable, "-c", code),
+        cwd=tmp_path,
+        PYTHONPATH=str(target),
+        TFMTSEG_CACHE_DIR=str(tmp_path / "cache"),
+        CUDA_VISIBLE_DEVICES="-1",
+    )
+    assert output == f"{target}/tfmtseg/cuda_ops 6.0\n"

@@ -1,0 +1,145 @@
+"""Finds, builds and loads the native op library.
+
+`TFMTSEG_NATIVE_OPS` decides what may be done:
+
+    unset       build the library on first use
+    0           never build; load what `python -m tfmtseg.ops.build` has built
+    a path      load this library, such as one that Bazel built
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import tensorflow as tf
+
+from tfmtseg.errors import NativeOpsError
+from tfmtseg.ops.record import Record, read_record
+
+_SETTING = "TFMTSEG_NATIVE_OPS"
+_lock = threading.RLock()
+_loaded: tuple[ModuleType, Record] | None = None
+_reason: str | None = None  # why `available` is False, once asked
+
+
+def load() -> ModuleType:
+    """The native ops as functions, built on first use and loaded once per process.
+
+    Returns:
+        What `tf.load_op_library` returns.
+
+    Raises:
+        NativeOpsError: If the library cannot be built or loaded.
+    """
+    return _load()[0]
+
+
+def has_cuda() -> bool:
+    """Whether the library has GPU kernels; loads it as `load` does.
+
+    Raises:
+        NativeOpsError: If the library cannot be built or loaded.
+    """
+    return bool(_load()[1].architectures)
+
+
+def available() -> bool:
+    """Whether `load` works here. The first `False` in a process warns with the reason."""
+    global _reason
+    with _lock:
+        if _reason is None:
+            try:
+                _load()
+                _reason = ""
+            except NativeOpsError as error:
+                _reason = str(error)
+                warnings.warn(f"Native ops are not used. {error}", stacklevel=2)
+        return not _reason
+
+
+def _load() -> tuple[ModuleType, Record]:
+    # Imported here, so that `python -m tfmtseg.ops.build` is the first to import it.
+    from tfmtseg.ops import build
+
+    global _loaded
+    with _lock:
+        if _loaded is not None:
+            return _loaded
+        here = build.here(build.source_dir())
+        gpu = bool(build.visible_architectures())
+        setting = os.environ.get(_SETTING, "")
+        own = setting in ("", "0")
+        path = _find(here, gpu, may_build=not setting) if own else Path(setting)
+        record = _accepted(path, here)
+        try:
+            module = tf.load_op_library(str(path))
+        except (tf.errors.OpError, OSError) as error:
+            raise NativeOpsError(
+                f"loading {path}", str(error), "remove this file and build the library anew"
+            ) from error
+        if gpu and not record.architectures and any(build.source_dir().glob("*_cuda.cu")):
+            warnings.warn(
+                f"{path} was built without CUDA: the native ops run on the CPU although there is "
+                "a GPU. Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc.",
+                stacklevel=3,
+            )
+        _loaded = module, record
+        return _loaded
+
+
+def _find(here: Record, gpu: bool, may_build: bool) -> Path:
+    """The library to load from the cache, built when needed and allowed."""
+    from tfmtseg.ops import build
+
+    best = _built_ahead(here, gpu)
+    if not may_build:
+        if best is None:
+            raise NativeOpsError(
+                "loading the native op library",
+                f"none is in {build.cache_dir()}, and {_SETTING}=0 forbids to build it",
+                f"run python -m tfmtseg.ops.build where there is a compiler, or unset {_SETTING}",
+            )
+        return best[1]
+    try:
+        plan = build.plan()
+        if gpu and not plan.nvcc and best and best[0].architectures:
+            return best[1]  # built where nvcc was
+        return build.make(plan)
+    except NativeOpsError:
+        if best is None:
+            raise
+        return best[1]
+
+
+def _built_ahead(here: Record, gpu: bool) -> tuple[Record, Path] | None:
+    """The best library in the cache that serves here, whatever tools built it."""
+    from tfmtseg.ops import build
+
+    found = []
+    for path in build.cache_dir().glob(build.library_name(here.tensorflow, "*")):
+        try:
+            record, built = read_record(path), path.stat().st_mtime
+        except OSError:  # removed meanwhile
+            continue
+        if record is not None and record.without_tools() == here:
+            found.append((bool(record.architectures) == gpu, built, record, path))
+    return max(found, key=lambda each: each[:2])[2:] if found else None
+
+
+def _accepted(path: Path, here: Record) -> Record:
+    """The record of the library at `path`, which fits the running TensorFlow."""
+    what = f"loading {path}"
+    fix = f"unset {_SETTING}, so that tfmtseg builds its own"
+    try:
+        record = read_record(path)
+    except OSError as error:
+        raise NativeOpsError(what, str(error.strerror), fix) from error
+    if record is None:
+        raise NativeOpsError(what, "it is no native op library of tfmtseg", fix)
+    if refusal := record.refusal(here):
+        raise NativeOpsError(what, refusal, fix)
+    return record

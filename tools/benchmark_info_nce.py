@@ -1,0 +1,205 @@
+"""Times InfoNCE, forward and backward, in several implementations on this machine.
+
+Every implementation runs in a process of its own; the calls take turns, so that all
+meet the same noise. Prints medians, ratios to the chunked TensorFlow version, and the
+peak memory that a call takes beyond its inputs.
+
+    python tools/benchmark_info_nce.py --sizes=192,1024,4096
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+
+_SIZES = flags.DEFINE_list("sizes", ["192", "1024", "4096", "16384"], "Numbers of queries.")
+_FEATURES = flags.DEFINE_integer("features", 256, "Features of a row.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each.", lower_bound=1)
+_OUTPUT = flags.DEFINE_string("output", "", "A Markdown file for the table.")
+_WORKER = flags.DEFINE_string("worker", "", "Used by the script itself.")
+
+NAMES = ("unfused", "xla", "chunked", "native", "native_bfloat16", "torch")
+TEMPERATURE = 0.1
+
+
+def rows(size: int, features: int) -> tuple[np.ndarray, np.ndarray]:
+    """Queries and keys of length 1."""
+    random = np.random.default_rng(size)
+    both = random.normal(size=(2, size, features)).astype(np.float32)
+    return tuple(both / np.linalg.norm(both, axis=-1, keepdims=True))
+
+
+def make(name: str) -> Callable[[int, int], Callable[[], None]]:
+    """Maps size and features to a call that makes loss and gradients."""
+    if name == "torch":
+        import torch
+
+        def prepare(size: int, features: int) -> Callable[[], None]:
+            q, k = (torch.tensor(x, requires_grad=True) for x in rows(size, features))
+            own = torch.arange(size)
+
+            def call() -> None:
+                loss = torch.nn.functional.cross_entropy(q @ k.T / TEMPERATURE, own)
+                torch.autograd.grad(loss, (q, k))
+
+            return call
+
+        return prepare
+
+    import tfmtseg  # noqa: F401, I001  before tensorflow
+    import tensorflow as tf
+
+    from tfmtseg.ops import info_nce
+
+    def unfused(q: tf.Tensor, k: tf.Tensor, temperature: tf.Tensor) -> tf.Tensor:
+        logits = tf.matmul(q, k, transpose_b=True) / temperature
+        own = tf.range(tf.shape(q)[0])
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(own, logits)
+        return tf.reduce_mean(losses)
+
+    def fused(q: tf.Tensor, k: tf.Tensor, temperature: tf.Tensor) -> tf.Tensor:
+        return info_nce(
+            q,
+            k,
+            temperature=temperature,
+            normalize=False,
+            reduction="mean",
+            implementation="reference" if name == "chunked" else "native",
+        )
+
+    loss = unfused if name in ("unfused", "xla") else fused
+
+    @tf.function(jit_compile=name == "xla")
+    def gradients(*inputs: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            value = loss(*inputs)
+        return [value, *tape.gradient(value, inputs)]
+
+    def prepare(size: int, features: int) -> Callable[[], None]:
+        dtype = tf.bfloat16 if name.endswith("bfloat16") else tf.float32
+        q, k = (tf.cast(tf.constant(x), dtype) for x in rows(size, features))
+        temperature = tf.constant(TEMPERATURE)
+        return lambda: gradients(q, k, temperature)[0].numpy()
+
+    return prepare
+
+
+def memory(field: str) -> int:
+    """A field of this process's status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def work(name: str) -> None:
+    """Answers each line `size features` with the seconds and KiB of one call."""
+    prepare = make(name)
+    c_library = ctypes.CDLL(None)
+    calls: dict[str, Callable[[], None]] = {}
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if line not in calls:
+            calls.clear()
+            calls[line] = prepare(*map(int, line.split()))
+            calls[line]()
+        c_library.malloc_trim(0)  # what earlier calls left behind
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        before = memory("VmRSS")
+        start = time.perf_counter()
+        calls[line]()
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "kib": memory("VmHWM") - before}), flush=True)
+
+
+class Worker:
+    """A process that runs one implementation."""
+
+    def __init__(self, name: str):
+        command = [sys.executable, __file__, f"--worker={name}"]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.ready = self.process.stdout.readline().strip() == "ready"
+
+    def call(self, size: int, features: int) -> dict[str, float]:
+        """One timed call."""
+        self.process.stdin.write(f"{size} {features}\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def processor() -> str:
+    """Name of the processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+
+
+def compare() -> str:
+    """Measures and returns the table."""
+    features = _FEATURES.value
+    workers = {name: Worker(name) for name in NAMES}
+    absent = [name for name, worker in workers.items() if not worker.ready]
+    workers = {name: worker for name, worker in workers.items() if worker.ready}
+    lines = [
+        f"Machine: {processor()}, {len(os.sched_getaffinity(0))} cores, "
+        f"Python {platform.python_version()}. D = {features}, float32, forward and backward, "
+        f"{_ROUNDS.value} calls each, taking turns.",
+        "",
+        "| N | " + " | ".join(workers) + " | native against chunked |",
+        "|---|" + "---|" * (len(workers) + 1),
+    ]
+    for size in map(int, _SIZES.value):
+        results: dict[str, list] = {name: [] for name in workers}
+        for _ in range(_ROUNDS.value):
+            for name, worker in workers.items():
+                results[name].append(worker.call(size, features))
+        seconds = {n: np.median([r["seconds"] for r in found]) for n, found in results.items()}
+        mib = {n: max(r["kib"] for r in found) / 1024 for n, found in results.items()}
+        cells = [f"{1000 * seconds[n]:.1f} ms, {mib[n]:.0f} MiB" for n in workers]
+        ratio = np.median(
+            [
+                a["seconds"] / b["seconds"]
+                for a, b in zip(results["chunked"], results["native"], strict=True)
+            ]
+        )
+        lines.append(f"| {size} | " + " | ".join(cells) + f" | {ratio:.2f} x faster |")
+        print(lines[-1], flush=True)
+    for worker in workers.values():
+        worker.stop()
+    if absent:
+        lines += ["", f"Not here: {', '.join(absent)}."]
+    return "\n".join(lines)
+
+
+def main(_: list[str]) -> None:
+    """Runs the comparison, or one side of it."""
+    if _WORKER.value:
+        work(_WORKER.value)
+        return
+    table = compare()
+    print(f"\n{table}")
+    if _OUTPUT.value:
+        Path(_OUTPUT.value).write_text(table + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    app.run(main)

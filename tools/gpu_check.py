@@ -1,0 +1,535 @@
+"""Checks and times the CUDA kernels of InfoNCE on a GPU machine, without TensorFlow.
+
+    python tools/gpu_check.py --output gpu_check.md
+
+needs nvcc, pybind11 and PyTorch and takes at most 8 minutes: builds the kernels, compares every
+engine and type with float64, runs compute-sanitizer if there is one, and times forward and
+backward together against PyTorch. One table goes to the terminal and to --output.
+Exit status 0 if everything agreed, 1 if something did not.
+
+    python tools/gpu_check.py --emulate
+
+does the comparison alone, on the CPU, with kernels compiled by g++ (cuda_ops/cuda_emulation.h).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+SOURCES = Path(__file__).resolve().parents[1] / "cuda_ops"
+MODULE = "tfmtseg_info_nce_cuda"
+
+# ||error|| / ||reference|| against float64 on the rows as given.
+TOLERANCES = {
+    ("scalar", "float32"): 1e-5,
+    ("split", "float32"): 3e-5,
+    ("tensor_core", "float32"): 2e-2,  # rows of 17 features, rounded to bfloat16
+    ("scalar", "float16"): 5e-3,
+    ("scalar", "bfloat16"): 5e-3,
+    ("tensor_core", "float16"): 5e-3,
+    ("tensor_core", "bfloat16"): 5e-3,
+    ("split", "float16"): 5e-3,
+    ("split", "bfloat16"): 5e-3,
+}
+SHAPES = [(1, 1, 3), (63, 65, 17), (64, 64, 64), (100, 200, 123), (192, 192, 256), (1000, 700, 128)]
+SHAPES_EMULATED = [(1, 1, 3), (63, 65, 17), (100, 200, 123)]
+SEEDS = (0, 1, 2)
+
+SIZES = (192, 1024, 4096, 16384, 65536)
+FEATURES = 256
+TEMPERATURE = 0.07
+
+
+def build(folder: Path, emulate: bool) -> Path:
+    """Compiles the Python module and returns it; raises with the compiler's words."""
+    import pybind11
+
+    path = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"-I{SOURCES}"]
+    sources = [SOURCES / "info_nce_cuda.cu", SOURCES / "info_nce_pybind.cc"]
+    if emulate:
+        command = ["g++", "-O2", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
+        command += ["-Wno-unknown-pragmas", "-fvisibility=hidden", "-DTFMTSEG_CUDA_EMULATION"]
+        command += [*includes, "-x", "c++", *sources, "-o", path]
+    else:
+        nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+        command = [nvcc, "-O3", "-std=c++17", "-shared", "-cudart", "static"]
+        command += ["-Xcompiler", "-fPIC,-fvisibility=hidden", f"-arch={architecture()}"]
+        command += [*includes, *sources, "-o", path]
+    subprocess.run(command, check=True)
+    return path
+
+
+def architecture() -> str:
+    """The first device's, by its driver; `native` is not known to every nvcc."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True, check=True)
+    return "sm_" + result.stdout.split()[0].replace(".", "")
+
+
+def load(path: Path) -> ModuleType:
+    sys.path.insert(0, str(path.parent))
+    return __import__(MODULE)
+
+
+class HostMemory:
+    """Arrays where NumPy has them, for the emulated kernels."""
+
+    def put(self, array: np.ndarray) -> np.ndarray:
+        """Copies an array to where the kernels can read it."""
+        # A device aligns what it allocates; the workspace relies on it.
+        memory = np.empty(array.nbytes + 256, np.uint8)
+        start = -memory.ctypes.data % 256
+        placed = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        placed[...] = array
+        return placed
+
+    def address(self, array: np.ndarray) -> int:
+        """Where it is."""
+        return array.ctypes.data
+
+    def get(self, array: np.ndarray) -> np.ndarray:
+        """Copies it back."""
+        return array.copy()
+
+
+class DeviceMemory:
+    """Arrays on the GPU, held by PyTorch."""
+
+    def put(self, array: np.ndarray) -> Any:
+        """Copies an array to where the kernels can read it."""
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(array)).cuda()
+
+    def address(self, array: Any) -> int:
+        """Where it is."""
+        return array.data_ptr()
+
+    def get(self, array: Any) -> np.ndarray:
+        """Copies it back."""
+        return array.cpu().numpy()
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """bfloat16 as its 16 bits, rounded to nearest even."""
+    values = np.ascontiguousarray(values, np.float32)
+    if dtype != "bfloat16":
+        return values.astype(dtype)
+    bits = values.view(np.uint32).astype(np.uint64)
+    rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded).view(np.int16)
+
+
+def decode(values: np.ndarray) -> np.ndarray:
+    if values.dtype == np.int16:
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float64)
+
+
+def make_problem(n: int, m: int, d: int, dtype: str, seed: int) -> dict[str, Any]:
+    """Rows of length 1, each query near its positive; ids, a mask and rows without positive."""
+    random = np.random.default_rng(seed)
+    keys = random.normal(size=(m, d))
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    positives = random.integers(m, size=n)
+    queries = keys[positives] + 0.5 * random.normal(size=(n, d)) / np.sqrt(d)
+    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
+    if n > 2:
+        positives[::11] = -1
+    return {
+        "queries": encode(queries, dtype),
+        "keys": encode(keys, dtype),
+        "positives": positives.astype(np.int32),
+        "query_ids": random.integers(-2, 9, size=n).astype(np.int32),
+        "key_ids": random.integers(-2, 9, size=m).astype(np.int32),
+        "key_mask": random.random(m) < 0.9 if m > 2 else np.ones(m, np.bool_),
+        "row_weights": random.normal(size=n).astype(np.float32),
+    }
+
+
+def oracle(problem: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Losses and gradients in float64, with all similarities in memory."""
+    queries, keys = decode(problem["queries"]), decode(problem["keys"])
+    positives, mask = problem["positives"], problem["key_mask"]
+    temperature = float(np.float32(TEMPERATURE))
+    rows = np.arange(len(queries))
+    similarity = queries @ keys.T / temperature
+    has_positive = (positives >= 0) & mask[positives]
+    positive = np.where(has_positive, similarity[rows, positives], 0.0)
+    keep = mask[None] & (problem["query_ids"][:, None] != problem["key_ids"][None])
+    keep[rows[positives >= 0], positives[positives >= 0]] = False
+    negatives = np.logaddexp.reduce(np.where(keep, similarity, -np.inf), axis=1)
+    total = np.logaddexp(negatives, positive)
+    slopes = np.where(keep, np.exp(similarity - total[:, None]), 0.0)
+    slopes[rows, positives] -= slopes.sum(1)
+    slopes *= (problem["row_weights"] * has_positive / temperature)[:, None]
+    grad_queries = slopes @ keys
+    return {
+        "loss": np.where(has_positive, np.logaddexp(0.0, negatives - positive), 0.0),
+        "grad_queries": grad_queries,
+        "grad_keys": slopes.T @ queries,
+        "grad_temperature": np.array([-(queries * grad_queries).sum() / temperature]),
+        # Of both signs: their sum may be near 0 and is no measure of its error.
+        "temperature_gradients": -(queries * grad_queries).sum(1) / temperature,
+    }
+
+
+def compute(
+    cuda: ModuleType, memory: Any, problem: dict[str, Any], dtype: str, engine: str, at_once: bool
+) -> dict[str, np.ndarray]:
+    """What the kernels say, in outputs that were full of NaN."""
+    n, d = problem["queries"].shape
+    m = len(problem["keys"])
+    arrays = {name: memory.put(array) for name, array in problem.items()}
+    row_weights = arrays.pop("row_weights")
+    addresses = {name: memory.address(array) for name, array in arrays.items()}
+    call = cuda.InfoNce(
+        dtype=dtype, n=n, m=m, d=d, temperature=TEMPERATURE, engine=engine, **addresses
+    )
+    rows = {"loss": n, "log_sum_exp": n, "positive_similarity": n, "grad_temperature": 1}
+    outputs = {name: memory.put(np.full(size, np.nan, np.float32)) for name, size in rows.items()}
+    for name, size in (("grad_queries", n), ("grad_keys", m)):
+        outputs[name] = memory.put(encode(np.full((size, d), np.nan), dtype))
+    workspace = memory.put(np.full(call.workspace_size(True), 0xFF, np.uint8))
+
+    def of(*names: str) -> dict[str, int]:
+        return {name: memory.address(outputs[name]) for name in names}
+
+    statistics_of_rows = of("log_sum_exp", "positive_similarity")
+    gradients = of("grad_queries", "grad_keys", "grad_temperature")
+    weights, scratch = memory.address(row_weights), memory.address(workspace)
+    if at_once:
+        call.forward_backward(row_weights=weights, workspace=scratch, **of("loss"), **gradients)
+    else:
+        call.forward(workspace=scratch, **of("loss"), **statistics_of_rows)
+        call.backward(row_gradients=weights, workspace=scratch, **statistics_of_rows, **gradients)
+    return {name: memory.get(outputs[name]) for name in ("loss", *gradients)}
+
+
+def compare(
+    cuda: ModuleType, memory: Any, shapes: list[tuple[int, int, int]], seeds: tuple[int, ...]
+) -> tuple[list[str], list[str]]:
+    """Table rows and complaints of all engines and types."""
+    table, complaints = [], []
+    for (engine, dtype), tolerance in TOLERANCES.items():
+        worst, where = 0.0, ""
+        for shape in shapes:
+            for seed in seeds:
+                problem = make_problem(*shape, dtype, seed)
+                expected = oracle(problem)
+                scales = {output: np.linalg.norm(right) for output, right in expected.items()}
+                scales["grad_temperature"] = np.linalg.norm(expected.pop("temperature_gradients"))
+                for at_once in (False, True):
+                    first = compute(cuda, memory, problem, dtype, engine, at_once)
+                    again = compute(cuda, memory, problem, dtype, engine, at_once)
+                    name = f"{engine} {dtype} {shape} seed {seed} at_once={at_once}"
+                    for output, right in expected.items():
+                        if first[output].tobytes() != again[output].tobytes():
+                            complaints.append(f"{name} {output}: other bits the second time")
+                        error = np.linalg.norm(decode(first[output]) - right)
+                        error /= scales[output] or 1.0
+                        if not error <= tolerance:
+                            complaints.append(f"{name} {output}: error {error:.2e}")
+                        if not error <= worst:
+                            worst, where = error, f"{output}, {shape}"
+        table.append(f"| {engine} | {dtype} | {worst:.1e} | {tolerance:.0e} | {where} |")
+        print(table[-1], flush=True)
+    return table, complaints
+
+
+def sanitize(folder: Path, seconds: float) -> list[str]:
+    """compute-sanitizer's verdicts on small shapes; one line per tool."""
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        return ["compute-sanitizer: not installed"]
+    lines = []
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        command = [program, "--tool", tool, "--error-exitcode", "3", sys.executable, __file__]
+        command += ["--sanitized_module_folder", str(folder)]
+        try:
+            run = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds / 3, check=False
+            )
+            summary = [line for line in run.stdout.splitlines() if "SUMMARY" in line]
+            verdict = summary[-1].strip("= ") if summary else run.stderr[-300:]
+            lines.append(f"compute-sanitizer {tool}: exit status {run.returncode}, {verdict}")
+        except subprocess.TimeoutExpired:
+            lines.append(f"compute-sanitizer {tool}: not finished in {seconds / 3:.0f} s")
+        print(lines[-1], flush=True)
+    return lines
+
+
+class Contenders:
+    """Ways to compute loss and gradients of one problem with N = M rows."""
+
+    def __init__(self, cuda: ModuleType, n: int, dtype: str) -> None:
+        import torch
+
+        self.torch, self.cuda, self.n, self.dtype = torch, cuda, n, dtype
+        self.type = getattr(torch, dtype)
+        rows = [torch.randn(n, FEATURES, device="cuda") for _ in range(2)]
+        self.queries, self.keys = (
+            torch.nn.functional.normalize(row, dim=1).to(self.type) for row in rows
+        )
+        self.labels = torch.arange(n, device="cuda")
+
+    def fused(self, engine: str) -> Callable[[], None]:
+        """Losses and all gradients by our kernels."""
+        torch = self.torch
+        positives = self.labels.to(torch.int32)
+        weights = torch.full((self.n,), 1.0 / self.n, device="cuda")
+        call = self.cuda.InfoNce(
+            dtype=self.dtype,
+            n=self.n,
+            m=self.n,
+            d=FEATURES,
+            temperature=TEMPERATURE,
+            engine=engine,
+            queries=self.queries.data_ptr(),
+            keys=self.keys.data_ptr(),
+            positives=positives.data_ptr(),
+        )
+        outputs = {
+            "row_weights": weights,
+            "loss": torch.empty(self.n, device="cuda"),
+            "grad_queries": torch.empty_like(self.queries),
+            "grad_keys": torch.empty_like(self.keys),
+            "grad_temperature": torch.empty(1, device="cuda"),
+            "workspace": torch.empty(call.workspace_size(True), dtype=torch.uint8, device="cuda"),
+        }
+        addresses = {name: array.data_ptr() for name, array in outputs.items()}
+        addresses["stream"] = torch.cuda.current_stream().cuda_stream
+
+        def run(keep: Any = (positives, outputs, call)) -> None:
+            call.forward_backward(**addresses)
+
+        return run
+
+    def unfused(self, compiled: bool, tf32: bool = False) -> Callable[[], None]:
+        """Mean loss and gradients of queries and keys by PyTorch."""
+        torch = self.torch
+        queries, keys = (rows.clone().requires_grad_() for rows in (self.queries, self.keys))
+
+        def loss(queries: Any, keys: Any, labels: Any) -> Any:
+            logits = queries @ keys.T / TEMPERATURE
+            return torch.nn.functional.cross_entropy(logits.float(), labels)
+
+        function = torch.compile(loss, dynamic=False) if compiled else loss
+
+        def run() -> None:
+            torch.backends.cuda.matmul.allow_tf32 = tf32
+            torch.autograd.grad(function(queries, keys, self.labels), (queries, keys))
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+        return run
+
+    def floor(self) -> Callable[[], None]:
+        """The three matrix products that nobody can do without, and nothing else."""
+        torch = self.torch
+        logits = torch.empty(self.n, self.n, dtype=self.type, device="cuda")
+        result = torch.empty_like(self.queries)
+
+        def run() -> None:
+            torch.matmul(self.queries, self.keys.T, out=logits)
+            torch.matmul(logits, self.keys, out=result)
+            torch.matmul(logits.T, self.queries, out=result)
+
+        return run
+
+    def all(self) -> dict[str, Callable[[], Callable[[], None]]]:
+        """Name -> what makes the contender, to be called when it is its turn."""
+        makers: dict[str, Callable[[], Callable[[], None]]] = {
+            "fused": lambda: self.fused("auto"),
+            "torch eager": lambda: self.unfused(False),
+            "torch.compile": lambda: self.unfused(True),
+            "three matmuls": self.floor,
+        }
+        if self.dtype == "float32":
+            makers["fused scalar"] = lambda: self.fused("scalar")
+            makers["torch.compile tf32"] = lambda: self.unfused(True, True)
+        return makers
+
+
+COLUMNS = [
+    "fused",
+    "fused scalar",
+    "torch eager",
+    "torch.compile",
+    "torch.compile tf32",
+    "three matmuls",
+]
+
+
+def time_one_size(
+    cuda: ModuleType, n: int, dtype: str, deadline: float
+) -> dict[str, tuple[float, float] | str]:
+    """Contender -> median milliseconds and peak MiB beyond its inputs, or why there is none."""
+    import torch
+
+    torch.compiler.reset()  # else it stops compiling after some sizes
+    contenders = Contenders(cuda, n, dtype)
+    results: dict[str, tuple[float, float] | str] = {}
+    ready: dict[str, tuple[Callable[[], None], float]] = {}
+    one_round = 0.0
+    for name, make in contenders.all().items():
+        if time.monotonic() + one_round > deadline:
+            results[name] = "no time left"
+            continue
+        try:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            run = make()
+            run()  # compiles and allocates
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.monotonic()
+            run()
+            torch.cuda.synchronize()
+            one_round += time.monotonic() - started
+            ready[name] = (run, (torch.cuda.max_memory_allocated() - before) / 2**20)
+        except torch.cuda.OutOfMemoryError:
+            results[name] = "out of memory"
+        except Exception as error:
+            # One contender that fails is a finding, not the end of the others.
+            results[name] = f"{type(error).__name__}: {error}".splitlines()[0][:60]
+        run = None
+        # What is kept between rounds is the contender's own, such as compiled code; what it
+        # caches must not push the next one out of memory.
+        torch.cuda.empty_cache()
+
+    inner = 20 if n <= 1024 else 1
+    wanted = max(3, min(25, int(6.0 / max(one_round * inner, 1e-3))))
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(wanted):
+        if time.monotonic() + one_round * inner > deadline and all(times.values()):
+            break
+        for name, (run, _) in ready.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            run()
+            begin.record()
+            for _ in range(inner):
+                run()
+            end.record()
+            end.synchronize()
+            times[name].append(begin.elapsed_time(end) / inner)
+    for name, (_, peak) in ready.items():
+        results[name] = (statistics.median(times[name]), peak)
+    return results
+
+
+def time_all(cuda: ModuleType, deadline: float, table: list[str], save: Callable[[], str]) -> None:
+    """Adds table rows: milliseconds (and MiB) of forward and backward together."""
+    import torch
+
+    for n in SIZES:
+        for dtype in ("float32", "bfloat16"):
+            if time.monotonic() > deadline:
+                table.append(f"| {n} | {dtype} |" + " no time left |" * len(COLUMNS))
+                continue
+            results = time_one_size(cuda, n, dtype, deadline)
+            table.append(timing_row(n, dtype, results))
+            print(table[-1], flush=True)
+            save()
+            torch.cuda.empty_cache()
+
+
+def timing_row(n: int, dtype: str, results: dict[str, tuple[float, float] | str]) -> str:
+    cells = []
+    for name in COLUMNS:
+        value = results.get(name, "")
+        cells.append(value if isinstance(value, str) else f"{value[0]:.3f} ({value[1]:.0f})")
+    return f"| {n} | {dtype} | " + " | ".join(cells) + " |"
+
+
+def versions() -> list[str]:
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "triton", "numpy", "pybind11"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {package}")
+    return found
+
+
+def report(
+    device: dict[str, Any],
+    accuracy: list[str],
+    complaints: list[str],
+    sanitizer: list[str],
+    timing: list[str],
+) -> str:
+    facts = ", ".join([*(f"{key} {value}" for key, value in device.items()), *versions()])
+    lines = ["# InfoNCE on a GPU", "", facts, "", "## Accuracy", ""]
+    lines += [f"||error|| / ||reference|| against float64, worst of {len(SEEDS)} seeds.", ""]
+    lines += ["| engine | type | error | allowed | where |", "|---|---|---|---|---|", *accuracy]
+    if complaints or sanitizer:
+        lines += ["", *(f"* {line}" for line in [*complaints, *sanitizer])]
+    if timing:
+        lines += ["", "## Time of loss and gradients", ""]
+        lines += [f"N = M, D = {FEATURES}. Median milliseconds (peak MiB beyond the inputs)."]
+        lines += ["", "| N | type | " + " | ".join(COLUMNS) + " |"]
+        lines += ["|---" * (len(COLUMNS) + 2) + "|", *timing]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--output", type=Path, help="where to write the table (Markdown)")
+    parser.add_argument("--seconds", type=float, default=450.0, help="when to stop timing")
+    parser.add_argument("--emulate", action="store_true", help="compare only, on the CPU")
+    parser.add_argument("--sanitized_module_folder", type=Path, help=argparse.SUPPRESS)
+    flags = parser.parse_args(argv)
+    deadline = time.monotonic() + flags.seconds
+
+    if flags.sanitized_module_folder:
+        cuda = load(flags.sanitized_module_folder / MODULE)
+        _, complaints = compare(cuda, DeviceMemory(), SHAPES_EMULATED, SEEDS[:1])
+        return int(bool(complaints))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started = time.monotonic()
+        cuda = load(build(folder, flags.emulate))
+        print(f"built in {time.monotonic() - started:.0f} s", flush=True)
+        device = cuda.device()
+        print(device, flush=True)
+        memory = HostMemory() if flags.emulate else DeviceMemory()
+        shapes = SHAPES_EMULATED if flags.emulate else SHAPES
+        accuracy, complaints = compare(cuda, memory, shapes, SEEDS)
+        sanitizer: list[str] = []
+        timing: list[str] = []
+
+        def save() -> str:
+            # Again and again: what has been measured survives if time runs out.
+            text = report(device, accuracy, complaints, sanitizer, timing)
+            if flags.output:
+                flags.output.write_text(text, "utf-8")
+            return text
+
+        save()
+        if not flags.emulate:
+            sanitizer += sanitize(folder, 150.0)
+            save()
+            time_all(cuda, deadline, timing, save)
+        print(save())
+    return int(bool(complaints))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
