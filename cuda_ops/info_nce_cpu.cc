@@ -23,12 +23,7 @@ extern const Run kRun;
 
 namespace {
 
-struct InstructionSet {
-  const char* name;
-  Run run;
-};
-
-InstructionSet Choose() {
+Run Choose() {
 #ifdef __x86_64__
   const char* asked = std::getenv("TFMTSEG_INSTRUCTION_SET");
   const auto allowed = [asked](const char* name) {
@@ -38,28 +33,22 @@ InstructionSet Choose() {
   if (allowed("avx512") && __builtin_cpu_supports("avx512f") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512bw")) {
-    return {"avx512", info_nce_avx512::kRun};
+    return info_nce_avx512::kRun;
   }
   if ((allowed("avx2") || allowed("avx512")) && __builtin_cpu_supports("avx2") &&
       __builtin_cpu_supports("fma")) {
-    return {"avx2", info_nce_avx2::kRun};
+    return info_nce_avx2::kRun;
   }
 #endif
-  return {"generic", info_nce_generic::kRun};
-}
-
-const InstructionSet& Chosen() {
-  static const InstructionSet chosen = Choose();
-  return chosen;
+  return info_nce_generic::kRun;
 }
 
 }  // namespace
 
 void InfoNceCpu(const InfoNceProblem& problem, const ParallelFor& parallel_for,
                 const InfoNceResult& result) {
-  Chosen().run(problem, parallel_for, result);
+  static const Run run = Choose();
+  run(problem, parallel_for, result);
 }
-
-const char* InfoNceCpuInstructionSet() { return Chosen().name; }
 
 }  // namespace tfmtseg

@@ -49,9 +49,6 @@ struct InfoNceResult {
 void InfoNceCpu(const InfoNceProblem& problem, const ParallelFor& parallel_for,
                 const InfoNceResult& result);
 
-// Name of the instruction set that InfoNceCpu uses.
-const char* InfoNceCpuInstructionSet();
-
 }  // namespace tfmtseg
 
 #endif  // TFMTSEG_INFO_NCE_CPU_H_
