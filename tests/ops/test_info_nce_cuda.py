@@ -439,6 +439,16 @@ def test_everything_masked(library, engine, dtype):
 
 
 @pytest.mark.parametrize("engine", [SCALAR, TENSOR_CORE, SPLIT])
+def test_no_negatives_and_a_very_unlike_positive(library, engine):
+    # Similarity -200: exp(200) is infinite, and infinity times no negative is NaN.
+    case = Problem([[-1.0, 0.0]], [[1.0, 0.0]], [0], temperature=0.005, engine=engine)
+    loss, _, positive, *gradients = case.forward_backward(library)
+    np.testing.assert_allclose(positive, -200.0, rtol=1e-6)
+    for zeros in (loss, *gradients):
+        np.testing.assert_array_equal(zeros, 0.0)
+
+
+@pytest.mark.parametrize("engine", [SCALAR, TENSOR_CORE, SPLIT])
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (0, 0)])
 def test_no_rows(library, engine, n, m):
     case = Problem(np.ones((n, 4)), np.ones((m, 4)), np.full(n, -1), engine=engine)
