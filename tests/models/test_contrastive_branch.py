@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -321,8 +320,7 @@ class Pair:
     """An encoder and its branch, whose cubes have an edge of 8 voxels."""
 
     def __init__(self, form: str, width: int):
-        random.seed(1)  # Keras draws the seeds of its initializers here
-        tf.random.set_seed(1)
+        keras.utils.set_random_seed(1)
         self.encoder = Encoder(width)
         self.encoder.build((None, None, None, None, 2))
         self.branch = ContrastiveBranch(8 * width, 8, form, blocks=1)

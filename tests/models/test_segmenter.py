@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 
 import numpy as np
 import pytest
@@ -17,8 +16,7 @@ IN_PLANE = ((2, 2, 1), (2, 2, 1), (2, 2, 2))
 
 
 def make(method: str = "sscpcseg", **kwargs) -> Segmenter:
-    random.seed(3)  # Keras draws the seeds of its initializers here
-    tf.random.set_seed(3)
+    keras.utils.set_random_seed(3)
     arguments = {"regions": 2, "width": 8, "cube_size": 8, "predictor_blocks": 1, "seed": 4}
     return Segmenter(method=method, **{**arguments, **kwargs})
 
@@ -248,7 +246,7 @@ def test_weights_survive_a_file(model, tmp_path):
     path = tmp_path / "model.weights.h5"
     model.save_weights(path)
     again = Segmenter.from_config(model.get_config())
-    random.seed(99)  # other initial weights
+    keras.utils.set_random_seed(99)  # other initial weights
     again.build((None, None, None, None, 1))
     images = batch([1])[0]
     assert np.abs(again(images) - model(images)).max() > 1e-3
