@@ -10,6 +10,8 @@ from tfmtseg.ops import library
 from tfmtseg.ops.reference import Candidates
 
 
+# AutoGraph finds no source of the op's generated wrappers, and would warn of it.
+@tf.autograph.experimental.do_not_convert
 def losses(
     queries: tf.Tensor, keys: tf.Tensor, temperature: tf.Tensor, candidates: Candidates
 ) -> tf.Tensor:
@@ -17,6 +19,7 @@ def losses(
     return library.load().tfmtseg_info_nce(**_inputs(queries, keys, temperature, candidates))
 
 
+@tf.autograph.experimental.do_not_convert
 def losses_with_gradients(
     queries: tf.Tensor,
     keys: tf.Tensor,
