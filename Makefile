@@ -12,7 +12,8 @@ VENV := .venv
 VENV_ADDONS := .venv-addons
 PIP_FLAGS := --quiet --disable-pip-version-check
 PYTEST := -m pytest -p no:cacheprovider
-CALLS := 20000  # of each op, in `make sanitize`
+# Fuzzed calls of `make sanitize`.
+CALLS := 20000
 
 .PHONY: help demo test test-addons lint format sanitize bazel clean
 help:

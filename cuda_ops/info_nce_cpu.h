@@ -41,8 +41,8 @@ struct InfoNceResult {
   float* grad_temperature;   // one number
 };
 
-// Never holds the n x m matrix: at most about 16 MB of it, and two copies of the keys. The same
-// bits at any number of threads. Throws std::bad_alloc.
+// Never holds the n x m matrix: about 16 MB of it at most, or 48 rows where these are more, and
+// two copies of the keys. The same bits at any number of threads. Throws std::bad_alloc.
 //
 // The instruction set is chosen at run time. The environment variable TFMTSEG_INSTRUCTION_SET
 // (generic, avx2, avx512) chooses a lower one than the processor has.

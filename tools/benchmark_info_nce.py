@@ -130,7 +130,7 @@ class Worker:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a pipe that nobody reads would fill up
             text=True,
         )
         self.ready = self.process.stdout.readline().strip() == "ready"
