@@ -275,6 +275,10 @@ def test_half_precision_is_computed_in_float32(dtype, normalize, implementation)
         result = info_nce(queries, keys, **options, implementation=implementation)
     assert result.dtype == tf.float32
     assert tape.gradient(result, queries).dtype == dtype
+    with tf.GradientTape() as tape:
+        tape.watch(queries)
+        total = info_nce(queries, keys, **options, reduction="sum", implementation=implementation)
+    assert tape.gradient(total, queries).dtype == dtype
     wide = [tf.cast(rows, tf.float32).numpy() for rows in (queries, keys)]
     np.testing.assert_allclose(result, by_hand(*wide, **options), rtol=1e-5, atol=1e-5)
 

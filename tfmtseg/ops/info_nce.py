@@ -260,7 +260,9 @@ def _weighted_sum(
         )
 
         def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            by_queries, by_keys, by_temperature = (upstream * part for part in gradients)
+            by_queries, by_keys, by_temperature = (
+                upstream * tf.cast(part, tf.float32) for part in gradients
+            )
             return (
                 tf.cast(by_queries, queries.dtype),
                 tf.cast(by_keys, keys.dtype),
