@@ -117,6 +117,10 @@ def test_a_loss_is_refused():
 
 def test_xla_is_off_unless_asked_for(model):
     assert not model.jit_compile
+    model.compile(jit_compile="auto")  # Keras 3's default
+    assert not model.jit_compile
+    with pytest.raises(ValueError, match=r"jit_compile: value is True, must be False with a cont"):
+        model.compile(jit_compile=True)
 
 
 @pytest.mark.parametrize(
