@@ -13,11 +13,13 @@ from tfmtseg.compat import keras
 from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.metrics.training_dice import DiceScore
 from tfmtseg.models.blocks import Factors, convolution
+from tfmtseg.models.boundary_branch import BoundaryBranch
 from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch
 from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.encoder import ISOTROPIC, LEVELS, Encoder
 from tfmtseg.models.methods import METHODS
+from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.regions import Regions
 
 
@@ -102,7 +104,12 @@ class Segmenter(keras.Model):
         self.decoder = Decoder(width, strides, name="decoder")
         self.head = convolution(regions.num_outputs, 1, name="head", dtype="float32")
         self.branch: Branch | None = None
-        if METHODS[method].branch == "contrastive":
+        kind = METHODS[method].branch
+        if kind == "vae":
+            self.branch = VAEBranch(width, strides, name="vae_branch")
+        elif kind == "boundary":
+            self.branch = BoundaryBranch(width, regions, strides, name="boundary_branch")
+        elif kind == "contrastive":
             self.branch = ContrastiveBranch(
                 width * 8, cube_size, contrastive_form, predictor_blocks, name="contrastive_branch"
             )
@@ -131,7 +138,8 @@ class Segmenter(keras.Model):
         """Makes all weights, the branch's included.
 
         Args:
-            input_shape: `(batch, x, y, z, modalities)`; only the last must be known.
+            input_shape: `(batch, x, y, z, modalities)`. The last must be known, and with
+                a variational branch the size, which is that of all later training patches.
         """
         shape = (None, None, None, None, input_shape[-1])
         width = self.encoder.width
