@@ -36,6 +36,23 @@ def soft_dice_loss(targets: tf.Tensor, probabilities: tf.Tensor, smooth: float =
     return tf.reduce_mean(1.0 - (2.0 * overlap + smooth) / (sizes + smooth), -1)
 
 
+def region_masks(labels: tf.Tensor, regions: Regions) -> tf.Tensor:
+    """Which voxels belong to which region.
+
+    Args:
+        labels: Integer label map, `(batch, x, y, z)`.
+        regions: What is segmented.
+
+    Returns:
+        Booleans, `(batch, x, y, z, regions)`.
+    """
+    masks = [
+        tf.reduce_any([tf.equal(labels, value) for value in values], axis=0)
+        for values in regions.members
+    ]
+    return tf.stack(masks, -1)
+
+
 def one_hot_heads(labels: tf.Tensor, regions: Regions) -> list[tf.Tensor]:
     """One-hot targets of each head.
 
@@ -48,11 +65,8 @@ def one_hot_heads(labels: tf.Tensor, regions: Regions) -> list[tf.Tensor]:
     """
     if not regions.nested:
         return [tf.one_hot(labels, regions.num_outputs)]
-    heads = []
-    for values in regions.members:
-        inside = tf.reduce_any([tf.equal(labels, value) for value in values], axis=0)
-        heads.append(tf.one_hot(tf.cast(inside, tf.int32), 2))
-    return heads
+    masks = tf.cast(region_masks(labels, regions), tf.int32)
+    return [tf.one_hot(mask, 2) for mask in tf.unstack(masks, axis=-1)]
 
 
 @compat.register

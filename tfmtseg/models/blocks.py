@@ -231,3 +231,42 @@ class Upsample(keras.layers.Layer):
     def get_config(self) -> dict[str, Any]:
         """Arguments of this layer."""
         return {**super().get_config(), "factors": self.factors}
+
+
+@compat.register
+class UpBlock(keras.layers.Layer):
+    """A decoder's level without skip connection.
+
+    1x1x1 convolution, trilinear upsampling, residual block.
+
+    Args:
+        filters: Channels of the output.
+        factors: How many times larger each of x, y and z becomes.
+        **kwargs: As for every Keras layer.
+    """
+
+    def __init__(self, filters: int, factors: Factors = (2, 2, 2), **kwargs: Any):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.reduce = convolution(filters, 1, name="reduce")
+        self.upsample = Upsample(factors, name="upsample")
+        self.block = ResidualBlock(filters, name="block")
+
+    def build(self, input_shape: Any) -> None:
+        """Builds convolution and residual block; only the channels matter."""
+        self.reduce.build(input_shape)
+        self.block.build((*input_shape[:-1], self.filters))
+        self.built = True
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        """Maps `(batch, x, y, z, channels)` to `filters` channels at `factors` times the size."""
+        return self.block(self.upsample(self.reduce(x)))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        """The upsampled shape."""
+        return (*self.upsample.compute_output_shape(input_shape)[:-1], self.filters)
+
+    def get_config(self) -> dict[str, Any]:
+        """Arguments of this layer."""
+        config = {"filters": self.filters, "factors": self.upsample.factors}
+        return {**super().get_config(), **config}

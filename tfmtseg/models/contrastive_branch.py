@@ -12,10 +12,13 @@ import tensorflow as tf
 from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.models.blocks import ResidualBlock, convolution
+from tfmtseg.models.branch import Batch, Branch
+from tfmtseg.models.encoder import LEVELS
 from tfmtseg.ops import info_nce, retrieval_accuracy
 
 PAPER_NEGATIVES = 20
 MIN_TEMPERATURE = 0.03
+DEFAULT_WEIGHTS = {"repaired": 0.1, "paper": 0.001}
 
 
 def grid_shape(crop: Sequence[int], cube_size: int) -> tuple[int, int, int]:
@@ -59,7 +62,7 @@ class _TemperatureRange(keras.constraints.Constraint):
 
 
 @compat.register
-class ContrastiveBranch(keras.layers.Layer):
+class ContrastiveBranch(Branch):
     """Predicts the codes of one half of the volume from the other half (CPC).
 
     The image is cut into half-overlapping cubes; the mean over space of the encoder's
@@ -99,6 +102,9 @@ class ContrastiveBranch(keras.layers.Layer):
         Iwasawa et al., 2020, section 3.3; Henaff et al., 2019 (arXiv 1905.09272).
     """
 
+    prefix = "cpc"
+    shown = ("loss", "accuracy", "chance")
+
     def __init__(
         self,
         channels: int,
@@ -117,6 +123,7 @@ class ContrastiveBranch(keras.layers.Layer):
         self.channels = channels
         self.cube_size = cube_size
         self.form = form
+        self.default_weight = DEFAULT_WEIGHTS[form]
         self.blocks = [ResidualBlock(channels, name=f"block{i}") for i in range(blocks)]
         self.last = convolution(channels, 1, name="last")
 
@@ -140,6 +147,12 @@ class ContrastiveBranch(keras.layers.Layer):
                 constraint=_TemperatureRange(),
             )
         self.built = True
+
+    def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
+        """Learns from the volumes without a label, where there are any."""
+        return self(
+            batch.others, encode=lambda cubes: batch.encode(cubes)[LEVELS[-1]], seed=batch.seed
+        )
 
     def call(
         self,

@@ -20,6 +20,9 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "encdec": Method(branch=None, uses_unlabelled=False),
+    "vaeseg": Method(branch="vae", uses_unlabelled=False),
+    "ssvaeseg": Method(branch="vae", uses_unlabelled=True),
+    "boundseg": Method(branch="boundary", uses_unlabelled=False),
     "cpcseg": Method(branch="contrastive", uses_unlabelled=False),
     "sscpcseg": Method(branch="contrastive", uses_unlabelled=True),
 }

@@ -13,13 +13,14 @@ from tfmtseg.compat import keras
 from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.metrics.training_dice import DiceScore
 from tfmtseg.models.blocks import Factors, convolution
+from tfmtseg.models.boundary_branch import BoundaryBranch
+from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch
 from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.encoder import ISOTROPIC, LEVELS, Encoder
 from tfmtseg.models.methods import METHODS
+from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.regions import Regions
-
-BRANCH_WEIGHTS = {"repaired": 0.1, "paper": 0.001}
 
 
 @compat.register
@@ -102,18 +103,23 @@ class Segmenter(keras.Model):
         self.encoder = Encoder(width, dropout, strides, name="encoder")
         self.decoder = Decoder(width, strides, name="decoder")
         self.head = convolution(regions.num_outputs, 1, name="head", dtype="float32")
-        self.branch: ContrastiveBranch | None = None
-        self.branch_weight = branch_weight
-        if METHODS[method].branch == "contrastive":
-            if branch_weight is None:
-                self.branch_weight = BRANCH_WEIGHTS[contrastive_form]
+        self.branch: Branch | None = None
+        kind = METHODS[method].branch
+        if kind == "vae":
+            self.branch = VAEBranch(width, strides, name="vae_branch")
+        elif kind == "boundary":
+            self.branch = BoundaryBranch(width, regions, strides, name="boundary_branch")
+        elif kind == "contrastive":
             self.branch = ContrastiveBranch(
                 width * 8, cube_size, contrastive_form, predictor_blocks, name="contrastive_branch"
             )
+        self.branch_weight = branch_weight
         self.segmentation_loss = SegmentationLoss(regions)
         shown = ["loss", "seg_loss"]
         if self.branch is not None:
-            shown += ["cpc_loss", "cpc_accuracy", "cpc_chance"]
+            if branch_weight is None:
+                self.branch_weight = self.branch.default_weight
+            shown += [f"{self.branch.prefix}_{name}" for name in self.branch.shown]
         for name in shown:  # as attributes, so that both Kerases find and reset them
             setattr(self, f"{name}_tracker", keras.metrics.Mean(name))
         self.dice = DiceScore(regions)
@@ -132,15 +138,19 @@ class Segmenter(keras.Model):
         """Makes all weights, the branch's included.
 
         Args:
-            input_shape: `(batch, x, y, z, modalities)`; only the last must be known.
+            input_shape: `(batch, x, y, z, modalities)`. The last must be known, and with
+                a variational branch the size, which is that of all later training patches.
         """
         shape = (None, None, None, None, input_shape[-1])
         width = self.encoder.width
         self.encoder.build(shape)
         self.decoder.build({name: (*shape[:-1], width * 2**i) for i, name in enumerate(LEVELS)})
-        self.head.build((*shape[:-1], width))
+        channels = width
         if self.branch is not None:
-            self.branch.build(shape)
+            channels += self.branch.feature_channels
+        self.head.build((*shape[:-1], channels))
+        if self.branch is not None:
+            self.branch.build(input_shape)
         self.built = True
 
     def compile(self, optimizer: Any = "adam", loss: Any = None, **kwargs: Any) -> None:
@@ -160,7 +170,8 @@ class Segmenter(keras.Model):
                 f"loss: value is {loss!r}, must be None. Fix: leave it out, "
                 "Segmenter carries the losses of its method."
             )
-        if self.branch is not None and kwargs.get("jit_compile") is True:
+        contrastive = isinstance(self.branch, ContrastiveBranch)
+        if contrastive and kwargs.get("jit_compile") is True:
             raise ValueError(
                 f"jit_compile: value is {kwargs['jit_compile']!r}, must be False with a "
                 "contrastive branch, whose op has no XLA form. Fix: leave it out."
@@ -170,10 +181,19 @@ class Segmenter(keras.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """See the class."""
-        return self._segment(self.encoder(images, seed=self._seed(0) if training else None))
+        levels = self.encoder(images, seed=self._seed(0) if training else None)
+        return self._segment(levels, self._branch_features(levels))
 
-    def _segment(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        return self.head(self.decoder(levels))
+    def _branch_features(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
+        return None if self.branch is None else self.branch.features(levels)
+
+    def _segment(
+        self, levels: Mapping[str, tf.Tensor], branch_features: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        features = self.decoder(levels)
+        if branch_features is not None:
+            features = tf.concat([features, branch_features], -1)
+        return self.head(features)
 
     def _seed(self, purpose: int) -> tf.Tensor:
         """A seed of its own for each purpose, replica and update, `int32`, `(2,)`."""
@@ -204,22 +224,36 @@ class Segmenter(keras.Model):
         weights = tf.cast(tf.boolean_mask(labeled, segmented), tf.float32)
         annotated = tf.boolean_mask(images, segmented)
         labels = tf.boolean_mask(labels, segmented)
-        logits = self._segment(self.encoder(annotated, seed=seeds[0]))
+        if self.branch is not None and self.branch.encodes_all:
+            # One pass of the encoder for the branch and the decoder.
+            branch_levels = self.encoder(images, seed=seeds[0])
+            levels = {
+                name: tf.boolean_mask(level, segmented) for name, level in branch_levels.items()
+            }
+        else:
+            levels = branch_levels = self.encoder(annotated, seed=seeds[0])
+        features = self._branch_features(levels)
+        logits = self._segment(levels, features)
         values = self.segmentation_loss.call(labels, logits)
         loss = seg_loss = tf.math.divide_no_nan(
             tf.reduce_sum(values * weights), tf.reduce_sum(weights)
         )
         shown = {"seg_loss": seg_loss}
         if self.branch is not None:
-            for_branch = tf.boolean_mask(images, tf.reduce_all(labeled) | ~labeled)
-            result = self.branch(
-                for_branch,
-                encode=lambda cubes: self.encoder(cubes, seed=seeds[1])[LEVELS[-1]],
+            batch = Batch(
+                images=images,
+                others=tf.boolean_mask(images, tf.reduce_all(labeled) | ~labeled),
+                labels=labels,
+                weights=weights,
+                levels=branch_levels,
+                features=features,
+                encode=lambda further: self.encoder(further, seed=seeds[1]),
                 seed=seeds[2],
             )
-            for name, value in result.items():
-                shown[f"cpc_{name}"] = tf.reduce_mean(value)
-            loss += self.branch_weight * shown["cpc_loss"]
+            prefix = self.branch.prefix
+            for name, value in self.branch.learn(batch).items():
+                shown[f"{prefix}_{name}"] = tf.reduce_mean(value)
+            loss += self.branch_weight * shown[f"{prefix}_loss"]
         shown["loss"] = loss
         metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
         return loss, shown, metrics

@@ -35,6 +35,7 @@ from tfmtseg.data.pipeline import held_out_batches, training_batches
 from tfmtseg.data.splits import Splits, make_splits, subject_of
 from tfmtseg.errors import InputError
 from tfmtseg.files import write_json, write_text
+from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops.info_nce import choose
 from tfmtseg.regions import Regions
@@ -93,6 +94,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
     seconds = _fit(config, model, labelled, unlabelled, development, checkpoints, first_step)
     _weights(model).write(str(directory / "weights" / "final"))
+    contrastive = METHODS[config.method].branch == "contrastive"
     result = {
         "method": config.method,
         "num_labeled": len(splits.labeled),
@@ -101,7 +103,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "seconds": round(seconds, 1),
         "parameters": model.count_parameters(),
         **compat.versions(),
-        "info_nce_implementation": None if model.branch is None else choose(),
+        "info_nce_implementation": choose() if contrastive else None,
         "history_file": "history.csv",
     }
     write_json(result_file, result)

@@ -1,0 +1,75 @@
+"""What every regularization branch has in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from tfmtseg.compat import keras
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a branch may learn from. It takes what it needs.
+
+    Args:
+        images: All volumes of the batch, `(batch, x, y, z, modalities)`.
+        others: Those without a label; all, where every volume has one.
+        labels: Label maps of the volumes that are segmented, `int32`, `(n, x, y, z)`:
+            those with a label; all, where none has one.
+        weights: `(n,)`; 1, or 0 for all: then `labels` mean nothing.
+        levels: The encoder's features of `images`, where the branch `encodes_all`;
+            else of the volumes that are segmented.
+        features: What the branch's own `features` gave for the latter, or None.
+        encode: The encoder, for further images, with dropout as the training asks for.
+        seed: Two `int32`, or None outside training.
+    """
+
+    images: tf.Tensor
+    others: tf.Tensor
+    labels: tf.Tensor
+    weights: tf.Tensor
+    levels: Mapping[str, tf.Tensor]
+    features: tf.Tensor | None
+    encode: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
+    seed: tf.Tensor | None
+
+
+class Branch(keras.layers.Layer):
+    """A second task of the encoder, beside segmentation.
+
+    A new one says what it shows and defines `learn`; where it helps the segmentation
+    itself, `features` too.
+
+    Attributes:
+        prefix: Begins the names of all that is shown, such as `cpc` in `cpc_loss`.
+        shown: What `learn` returns: `loss`, to be minimised, and what explains it.
+        encodes_all: Whether it needs the levels of every volume, labelled or not.
+        feature_channels: Channels of `features`; 0 for none.
+        default_weight: Factor of the loss, where none is given.
+    """
+
+    prefix: str
+    shown: tuple[str, ...] = ("loss",)
+    encodes_all = False
+    feature_channels = 0
+    default_weight: float
+
+    def features(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
+        """What the segmentation head sees beside the decoder's features.
+
+        Unlike all else of a branch, this takes part in inference.
+
+        Args:
+            levels: What the encoder returns.
+
+        Returns:
+            `(batch, x, y, z, feature_channels)`, or None.
+        """
+        return None
+
+    def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
+        """One float32 value or several, to be averaged, for each name in `shown`."""
+        raise NotImplementedError
