@@ -85,7 +85,7 @@ def test_rotation_matches_scipy():
 
 @pytest.mark.parametrize("spacing", [ISOTROPIC, THICK])
 def test_rotation_is_rigid_in_millimetres(spacing):
-    turned = replace(NO_AUGMENTATION, rotation_degrees=20.0)
+    turned = replace(NO_AUGMENTATION, rotation_degrees=(20.0, 20.0, 20.0))
     largest = []
     for number in range(30):
         voxels = matrix_of(displacements(turned, number, spacing))
@@ -103,7 +103,7 @@ def test_rotation_is_rigid_in_millimetres(spacing):
 
 @pytest.mark.parametrize("spacing", [ISOTROPIC, THICK])
 def test_rotated_patch_matches_scipy(volume, spacing):
-    turned = replace(NO_AUGMENTATION, rotation_degrees=25.0, scale=1.2)
+    turned = replace(NO_AUGMENTATION, rotation_degrees=(25.0, 25.0, 25.0), scale=1.2)
     places = displacements(turned, 3, spacing)
     matrix = matrix_of(places)
     centre = np.array([9.3, 8.6, 7.9])
@@ -271,7 +271,7 @@ def test_blur_never_exceeds_its_strength(volume):
 
 
 SWITCHES = {
-    "rotation": {"rotation_degrees": 15.0},
+    "rotation": {"rotation_degrees": (15.0, 15.0, 15.0)},
     "scale": {"scale": 1.15},
     "elastic": {"elastic_voxels": 0.7, "elastic_probability": 1.0},
     "flips": {"flips": (True, True, True)},
