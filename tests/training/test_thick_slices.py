@@ -80,6 +80,7 @@ def settings(data: Path, model_dir: Path, **changes) -> TrainConfig:
 
 # Voxels of 1.5, 1.5 and 6 mm; then 3, 3, 6 (twice: not yet); then 6, 6, 6.
 CHOSEN = ((2, 2, 1), (2, 2, 1), (2, 2, 2))
+IN_PLANE = ((2, 2, 1), (2, 2, 1), (2, 2, 1))  # where there are fewer than 4 slices
 
 
 def check_predictions(model_dir: Path, data: Path) -> None:
@@ -96,10 +97,9 @@ def check_predictions(model_dir: Path, data: Path) -> None:
     assert seen == set(SLICES)
 
 
-@pytest.mark.parametrize("form", ["repaired", "paper"])
-def test_sizes_are_chosen_and_saved(data, tmp_path, form):
+def test_sizes_are_chosen_and_saved(data, tmp_path):
     """The median volume has 40 x 36 x 6 voxels, so most others are shorter or longer."""
-    config = settings(data, tmp_path / "run", contrastive_form=form, cube_size=(16, 16, 0))
+    config = settings(data, tmp_path / "run", cube_size=(16, 16, 0))
     result = train(config)
     assert result["num_labeled"] == 6
     saved = read_settings(tmp_path / "run" / "config.yaml")
@@ -109,36 +109,27 @@ def test_sizes_are_chosen_and_saved(data, tmp_path, form):
     model = json.loads((tmp_path / "run" / "model.json").read_text())["arguments"]
     assert model["strides"] == saved["strides"]
     assert model["cube_size"] == saved["cube_size"]
-    run = load_run(tmp_path / "run")
-    assert run.model.encoder.strides == CHOSEN
+    assert load_run(tmp_path / "run").model.encoder.strides == CHOSEN
     assert train(config) == result  # the same command again: nothing to do
     check_predictions(tmp_path / "run", data)
 
 
-@pytest.mark.parametrize("slices", [1, 2, 6, 16])
-def test_any_number_of_slices_in_the_crop(data, tmp_path, slices):
-    """From crops of one slice to crops that are longer than any volume but one."""
-    config = settings(data, tmp_path / "run", method="encdec", crop=(32, 32, slices))
+@pytest.mark.parametrize(("slices", "strides"), [(0, CHOSEN), (1, IN_PLANE), (16, CHOSEN)])
+def test_crops_of_few_and_of_more_slices_than_a_volume_has(data, tmp_path, slices, strides):
+    config = settings(data, tmp_path / "run", method="encdec", num_labeled=1, crop=(32, 32, slices))
     train(config)
     run = load_run(tmp_path / "run")
-    # Crops of fewer than 4 slices are never halved along z.
-    assert run.config.strides == (CHOSEN if slices >= 4 else ((2, 2, 1),) * 3)
+    assert run.config.strides == strides
+    # The choice looks at all training cases, not only at those that the method uses.
+    (slices_of_labelled,) = {
+        nib.load(data / "imagesTr" / f"{name}.nii.gz").shape[2] for name in run.splits.labeled
+    }
+    assert slices_of_labelled != 6
+    assert run.config.crop == (32, 32, slices or 6)
     check_predictions(tmp_path / "run", data)
-
-
-def test_the_sizes_do_not_depend_on_the_method_or_the_labels(data, tmp_path):
-    configs = []
-    for number, changes in enumerate(({"method": "encdec", "num_labeled": 1}, {})):
-        train(settings(data, tmp_path / str(number), crop=(32, 32, 0), **changes))
-        configs.append(load_run(tmp_path / str(number)).config)
-    assert len({(config.strides, config.crop) for config in configs}) == 1
 
 
 def test_crops_that_do_not_fit_are_refused_with_a_mend(data, tmp_path):
     with pytest.raises(InputError, match=r"--crop: .* Fix: choose 32,32,4, or change --strides"):
         train(settings(data, tmp_path / "run", crop=(32, 32, 5)))
     assert not (tmp_path / "run" / "config.yaml").exists()
-    in_plane = ((2, 2, 1), (2, 2, 1), (2, 2, 1))
-    config = settings(data, tmp_path / "run", crop=(32, 32, 5), strides=in_plane, method="encdec")
-    train(config)
-    assert load_run(tmp_path / "run").model.encoder.strides == in_plane
