@@ -47,7 +47,7 @@ def run_demo(directory: Path) -> Path:
             width=8,
             predictor_blocks=2,
             crop=(32, 32, 32),
-            cube_size=16,
+            cube_size=(16, 16, 16),
             flips=(True, False, False),
             train_steps=70,
             steps_per_epoch=14,

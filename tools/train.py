@@ -25,13 +25,18 @@ def _define_flags() -> None:
         if isinstance(field.default, bool):
             flags.DEFINE_bool(field.name, field.default, text)
         elif isinstance(field.default, tuple):
-            flags.DEFINE_list(field.name, [str(value) for value in field.default], text)
+            flags.DEFINE_list(field.name, [_item(value) for value in field.default], text)
         elif isinstance(field.default, int):
             flags.DEFINE_integer(field.name, field.default, text)
         elif isinstance(field.default, float):
             flags.DEFINE_float(field.name, field.default, text)
         else:
             flags.DEFINE_string(field.name, field.default, text)
+
+
+def _item(value: Any) -> str:
+    """An item of a list: a value, or a tuple of them as 2x2x1."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _read_config() -> TrainConfig:

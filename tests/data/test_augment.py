@@ -85,7 +85,7 @@ def test_rotation_matches_scipy():
 
 @pytest.mark.parametrize("spacing", [ISOTROPIC, THICK])
 def test_rotation_is_rigid_in_millimetres(spacing):
-    turned = replace(NO_AUGMENTATION, rotation_degrees=20.0)
+    turned = replace(NO_AUGMENTATION, rotation_degrees=(20.0, 20.0, 20.0))
     largest = []
     for number in range(30):
         voxels = matrix_of(displacements(turned, number, spacing))
@@ -101,9 +101,21 @@ def test_rotation_is_rigid_in_millimetres(spacing):
     assert np.allclose(voxels @ voxels.T, np.eye(3), atol=1e-3) == (spacing == ISOTROPIC)
 
 
+def test_rotation_about_z_leaves_slices_alone():
+    turned = replace(NO_AUGMENTATION, rotation_degrees=(0.0, 0.0, 180.0))
+    angles = []
+    for number in range(20):
+        places = displacements(turned, number, THICK)
+        np.testing.assert_array_equal(places[..., 2], grid()[..., 2])
+        in_mm = np.diag(THICK) @ matrix_of(places) @ np.diag(1 / np.array(THICK))
+        angles.append(np.degrees(np.arctan2(in_mm[1, 0], in_mm[0, 0])))
+    assert min(angles) < -90
+    assert max(angles) > 90
+
+
 @pytest.mark.parametrize("spacing", [ISOTROPIC, THICK])
 def test_rotated_patch_matches_scipy(volume, spacing):
-    turned = replace(NO_AUGMENTATION, rotation_degrees=25.0, scale=1.2)
+    turned = replace(NO_AUGMENTATION, rotation_degrees=(25.0, 25.0, 25.0), scale=1.2)
     places = displacements(turned, 3, spacing)
     matrix = matrix_of(places)
     centre = np.array([9.3, 8.6, 7.9])
@@ -151,6 +163,13 @@ def test_elastic_deformation_is_smooth_and_of_the_given_strength():
     for axis in (1, 2, 3):
         # Neighbours of a linear interpolation over 7 voxels: at most |difference| / 7.
         assert np.abs(np.diff(fields, axis=axis)).max() < 1.5 * 8 / 7
+
+
+def test_elastic_deformation_is_as_strong_in_millimetres_on_thick_slices():
+    bent = replace(NO_AUGMENTATION, elastic_voxels=1.5, elastic_probability=1.0)
+    thin, thick = (displacements(bent, 2, spacing) - grid() for spacing in (ISOTROPIC, THICK))
+    # Voxels of 1, 1.5 and 4 mm: the draw is in units of the shortest.
+    np.testing.assert_allclose(thick * np.array(THICK), thin, atol=1e-5)
 
 
 def test_elastic_probability():
@@ -271,7 +290,7 @@ def test_blur_never_exceeds_its_strength(volume):
 
 
 SWITCHES = {
-    "rotation": {"rotation_degrees": 15.0},
+    "rotation": {"rotation_degrees": (15.0, 15.0, 15.0)},
     "scale": {"scale": 1.15},
     "elastic": {"elastic_voxels": 0.7, "elastic_probability": 1.0},
     "flips": {"flips": (True, True, True)},

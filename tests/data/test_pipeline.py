@@ -276,7 +276,7 @@ def test_patches_are_turned_in_millimetres_of_their_case(tmp_path):
     np.save(tmp_path / "case0.foreground.npy", np.array([[7, 6, 5, 1]], np.int32))
     dataset = patches(
         [record], (4, 4, 4), numbered(3), foreground_probability=1.0, seed=0,
-        augmentation=replace(NO_AUGMENTATION, rotation_degrees=30.0),
+        augmentation=replace(NO_AUGMENTATION, rotation_degrees=(30.0, 30.0, 30.0)),
     )  # fmt: skip
     for places, _, _ in dataset.as_numpy_iterator():
         matrix = np.stack([places[-1, 0, 0], places[0, -1, 0], places[0, 0, -1]], 1)

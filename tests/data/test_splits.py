@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from functools import partial
 
 import pytest
 
-from tfmtseg.data.splits import Splits, make_splits, subject_of
+from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
 from tfmtseg.errors import InputError, InputWarning
 
 NAMES = [f"hippocampus_{i:03d}" for i in range(1, 61)]
@@ -121,6 +122,125 @@ class TestMakeSplits:
     def test_what_cannot_be(self, settings, words):
         with pytest.raises(InputError, match=words):
             self.make(**settings)
+
+
+HEARTS = [f"acdc_{i:03d}_{phase}" for i in range(1, 24) for phase in ("ED", "ES")]
+# Patients 1-7 are of group a, 8-14 of b, 15-23 of c: sorted, as in the real data.
+GROUPS = {name: "abc"[min((int(patient(name)) - 1) // 7, 2)] for name in HEARTS}
+
+
+class TestSubjectsAndGroups:
+    def make(self, **kwargs) -> Splits:
+        settings = {
+            "subject": patient, "groups": GROUPS, "count_subjects": True,
+            "num_labeled": 4, "num_development": 3, "num_test": 7,
+        }  # fmt: skip
+        return make_splits(HEARTS, **(settings | kwargs))
+
+    def test_subjects_are_counted_and_whole(self):
+        splits = self.make()
+        assert [len(splits.labeled), len(splits.development), len(splits.test)] == [8, 6, 14]
+        assert len(splits.unlabeled) == 2 * (23 - 4 - 3 - 7)
+        for names in (splits.labeled, splits.development, splits.test, splits.unlabeled):
+            assert all(Counter(map(patient, names))[patient(name)] == 2 for name in names)
+
+    def test_any_first_part_is_balanced(self):
+        for seed in range(10):
+            order = self.make(num_labeled=0, seed=seed).labeled
+            groups = [GROUPS[name] for name in order[::2]]  # one for each subject
+            pool = Counter(groups)
+            for end in range(len(groups) + 1):
+                counts = Counter(groups[:end])
+                most = max(counts.values(), default=0)
+                # A group may fall behind only when it has no more.
+                assert all(counts[g] >= min(most - 1, pool[g]) for g in "abc")
+
+    def test_held_out_cases_are_balanced(self):
+        splits = self.make()
+        assert sorted(Counter(GROUPS[name] for name in splits.test).values()) == [4, 4, 6]
+        assert Counter(GROUPS[name] for name in splits.development) == {"a": 2, "b": 2, "c": 2}
+
+    def test_labelled_subsets_are_nested(self):
+        labelled = [self.make(num_labeled=n).labeled for n in (1, 3, 7, 0)]
+        assert [len(names) for names in labelled] == [2, 6, 14, 26]
+        for fewer, more in itertools.pairwise(labelled):
+            assert more[: len(fewer)] == fewer
+
+    def test_seeds_draw_different_groups_and_subjects(self):
+        first = [self.make(num_labeled=1, seed=seed).labeled[0] for seed in range(40)]
+        assert {GROUPS[name] for name in first} == set("abc")
+        assert len(set(first)) > 6
+
+    def test_cases_in_turn(self):
+        order = self.make(num_labeled=9, count_subjects=False).labeled
+        assert [sorted(GROUPS[name] for name in order[i : i + 3]) for i in (0, 3, 6)] == [
+            ["a", "b", "c"]
+        ] * 3
+
+    def test_numbers_of_cases_take_whole_subjects(self):
+        splits = self.make(count_subjects=False, num_test=13, num_development=5)
+        assert [len(splits.test), len(splits.development)] == [14, 6]
+
+    def test_one_group_for_all_changes_nothing(self):
+        alike = self.make(groups=dict.fromkeys(HEARTS, "same"))
+        assert alike == self.make(groups=None)
+
+    def test_a_list_in_subjects(self):
+        splits = self.make(labeled_list=[HEARTS[7], HEARTS[0], HEARTS[6]], num_labeled=1)
+        assert splits.labeled == (HEARTS[7], HEARTS[6])
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            ({"num_test": 24}, "--num_test: value is 24, must be at most 23, the subjects"),
+            ({"num_labeled": 14}, "--num_labeled: value is 14, must be at most 13"),
+            ({"groups": {HEARTS[0]: "a"}}, f"case {HEARTS[1]} is missing"),
+            ({"groups": GROUPS | {HEARTS[1]: "b"}}, f"case {HEARTS[1]} is in the group b"),
+        ],
+    )
+    def test_what_cannot_be(self, settings, words):
+        with pytest.raises(InputError, match=words):
+            self.make(**settings)
+
+
+class TestGroupsFile:
+    def test_other_columns_and_a_byte_order_mark_do_not_matter(self, tmp_path):
+        path = tmp_path / "patients.csv"
+        path.write_text("case,phase,group\nx_1,ED,DCM\nx_2,ES,NOR\n", encoding="utf-8-sig")
+        assert read_groups(path) == {"x_1": "DCM", "x_2": "NOR"}
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            (None, "groups file is unreadable"),
+            ("case,disease\nx,DCM\n", "without a value in the column group"),
+            ("patient,group\nx,DCM\n", "without a value in the column case"),
+            ("case,group\nx,\n", "without a value in the column group"),
+            ("case,group\nx\n", "without a value in the column group"),
+            ("case,group\nx,a\nx,b\n", "case is x twice"),
+        ],
+    )
+    def test_bad_files(self, tmp_path, text, words):
+        path = tmp_path / "groups.csv"
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(InputError, match=rf"groups\.csv: .*{words}"):
+            read_groups(path)
+
+    def test_real_data(self, shared_data):
+        groups = read_groups(shared_data / "Task27_ACDC_2p5mm" / "patients.csv")
+        # Counts of its README, two volumes each.
+        assert Counter(groups.values()) == {"DCM": 26, "HCM": 26, "MINF": 28, "NOR": 26, "RV": 26}
+        splits = make_splits(
+            groups, subject=partial(subject_of, regex=r"acdc_(\d+)_E[DS]"), groups=groups,
+            count_subjects=True, num_labeled=14, num_development=4, num_test=16, split_seed=2027,
+        )  # fmt: skip
+        assert [len(splits.labeled), len(splits.unlabeled)] == [28, 2 * (46 - 14)]
+        for names, fewest in ((splits.labeled, 4), (splits.test, 6)):
+            counts = Counter(groups[name] for name in names)
+            assert len(counts) == 5
+            assert set(counts.values()) <= {fewest, fewest + 2}
+        assert len({groups[name] for name in splits.development}) == 4
 
 
 class TestSplits:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -9,36 +10,59 @@ import tensorflow as tf
 from tfmtseg.compat import keras
 from tfmtseg.models import contrastive_branch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch, extract_cubes, grid_shape
-from tfmtseg.models.encoder import Encoder
+from tfmtseg.models.encoder import ISOTROPIC, Encoder
 
 FORMS = ("repaired", "paper")
 
 
 def test_grids_of_the_paper():
-    assert grid_shape((144, 144, 128), 32) == (8, 8, 7)  # 448 cubes
-    assert grid_shape((32, 48, 32), 16) == (3, 5, 3)  # 45 cubes
-    assert grid_shape((16, 16, 16), 16) == (1, 1, 1)
+    assert grid_shape((144, 144, 128), (32, 32, 32)) == (8, 8, 7)  # 448 cubes
+    assert grid_shape((32, 48, 32), (16, 16, 16)) == (3, 5, 3)  # 45 cubes
+    assert grid_shape((16, 16, 16), (16, 16, 16)) == (1, 1, 1)
+
+
+def test_grids_of_thick_slices():
+    assert grid_shape((96, 96, 8), (32, 32, 8)) == (5, 5, 1)
+    assert grid_shape((96, 64, 9), (32, 16, 9)) == (5, 7, 1)  # what spans may be odd
+    assert grid_shape((16, 4, 1), (8, 4, 1)) == (3, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("crop", "cube_size"), [((32, 32, 32), 15), ((32, 36, 32), 16), ((32, 8, 32), 16)]
+    ("crop", "cube_size"),
+    [
+        ((32, 32, 32), (15, 15, 15)),
+        ((32, 36, 32), (16, 16, 16)),
+        ((32, 8, 32), (16, 16, 16)),
+        ((32, 32, 8), (16, 16, 16)),
+        ((32, 32, 9), (16, 16, 1)),
+    ],
 )
 def test_cubes_must_fit_the_crop(crop, cube_size):
     with pytest.raises(ValueError, match=r"cube_size: value is .* must be even.*Fix:"):
         grid_shape(crop, cube_size)
 
 
-def test_cubes_are_slices_of_the_image():
-    images = np.random.default_rng(0).normal(size=(2, 8, 12, 8, 3)).astype(np.float32)
-    expected = [
-        image[x : x + 4, y : y + 4, z : z + 4]
-        for image in images
-        for x in range(0, 5, 2)
-        for y in range(0, 9, 2)
-        for z in range(0, 5, 2)
+@pytest.mark.parametrize(
+    ("crop", "edges", "grid"),
+    [
+        ((8, 12, 8), (4, 4, 4), (3, 5, 3)),
+        ((8, 12, 8), (4, 6, 2), (3, 3, 7)),
+        ((8, 12, 3), (4, 4, 3), (3, 5, 1)),
+        ((8, 5, 1), (4, 5, 1), (3, 1, 1)),
+    ],
+)
+def test_cubes_are_slices_of_the_image(crop, edges, grid):
+    images = np.random.default_rng(0).normal(size=(2, *crop, 3)).astype(np.float32)
+    starts = [
+        range(0, size - edge + 1, max(1, edge // 2)) for size, edge in zip(crop, edges, strict=True)
     ]
-    assert len(expected) == 2 * math.prod(grid_shape((8, 12, 8), 4)) == 2 * 3 * 5 * 3
-    np.testing.assert_array_equal(extract_cubes(images, 4), expected)
+    expected = [
+        image[x : x + edges[0], y : y + edges[1], z : z + edges[2]]
+        for image in images
+        for x, y, z in itertools.product(*starts)
+    ]
+    assert tuple(map(len, starts)) == grid_shape(crop, edges) == grid
+    np.testing.assert_array_equal(extract_cubes(images, edges), expected)
 
 
 class Bypass:
@@ -51,7 +75,8 @@ class Bypass:
     def __init__(self, crop, form: str, codes: np.ndarray):
         self.crop, self.codes = crop, codes.astype(np.float32)
         channels = codes.shape[-1]
-        self.branch = ContrastiveBranch(channels, 4, form, blocks=0)
+        # Cubes of 4 voxels, half overlapping; a single one spans its axis.
+        self.branch = ContrastiveBranch(channels, (4, 4, 4), form, blocks=0)
         self.branch.build(None)
         identity = np.eye(channels, dtype=np.float32).reshape(1, 1, 1, channels, channels)
         self.branch.last.set_weights([identity, np.zeros(channels)])
@@ -131,7 +156,7 @@ def repaired_by_hand(codes: np.ndarray, temperature: float = 0.1):
     return (np.array(column) for column in zip(*rows, strict=True))
 
 
-@pytest.mark.parametrize("grid", [(3, 5, 3), (4, 3, 2), (1, 5, 1)])
+@pytest.mark.parametrize("grid", [(3, 5, 3), (4, 3, 2), (1, 5, 1), (5, 5, 1)])
 @pytest.mark.parametrize("cases", [1, 3])
 def test_repaired_form_matches_loops(cases, grid):
     codes = random_codes(cases, grid)
@@ -164,7 +189,7 @@ def test_equal_codes_are_worth_chance(form):
     np.testing.assert_array_equal(result["accuracy"], 0)
 
 
-@pytest.mark.parametrize("grid", [(3, 3, 3), (5, 3, 4), (6, 4, 3), (2, 3, 2)])
+@pytest.mark.parametrize("grid", [(3, 3, 3), (5, 3, 4), (6, 4, 3), (2, 3, 2), (5, 4, 1)])
 def test_context_and_targets_share_no_voxel(grid, monkeypatch):
     # Codes that name case and place show which code became a query of which key.
     cases = 2
@@ -185,7 +210,7 @@ def test_context_and_targets_share_no_voxel(grid, monkeypatch):
 
     crop = crop_of(grid)
     numbers = np.arange(cases * math.prod(crop), dtype=np.float32).reshape(cases, *crop, 1)
-    voxels = [set(cube.ravel().astype(int)) for cube in extract_cubes(numbers, 4).numpy()]
+    voxels = [set(cube.ravel().astype(int)) for cube in extract_cubes(numbers, (4, 4, 4)).numpy()]
 
     expected = directions(grid)
     per_case = sum(len(context) for context, _ in expected)
@@ -222,19 +247,24 @@ def test_predictions_see_the_context_alone_and_each_direction_its_vector(monkeyp
     np.testing.assert_allclose(seen[0], [codes[0, 0, 0, 0], codes[0, 2, 0, 0] + 1], atol=1e-6)
 
 
-def test_paper_form_matches_loops():
-    # 1 of 3 layers is context, 1 target; the pool of 12 is below 20, so all are negatives.
-    grid, cases = (2, 3, 3), 2
+@pytest.mark.parametrize(
+    ("grid", "axis"), [((2, 3, 3), 2), ((2, 3, 1), 1), ((3, 3, 1), 1), ((3, 1, 1), 0)]
+)
+def test_paper_form_matches_loops(grid, axis):
+    # Along the last axis with 2 or more, the first layer of 2 or 3 is context and the last
+    # is target; the pool of 12 or less is below 20, so all are negatives.
+    cases = 2
     codes = random_codes(cases, grid)
     result = Bypass(crop_of(grid), "paper", codes)()
     losses, accuracies = [], []
     for image in codes:
-        for x, y in np.ndindex(2, 3):
-            similar = image.reshape(-1, 8) @ image[x, y, 0]
-            target = image[x, y, 2] @ image[x, y, 0]
+        layers = np.moveaxis(image, axis, 2)
+        for x, y in np.ndindex(*layers.shape[:2]):
+            similar = image.reshape(-1, 8) @ layers[x, y, 0]
+            target = layers[x, y, -1] @ layers[x, y, 0]
             losses.append(np.log(np.exp(similar).sum()) - target)
             accuracies.append(target >= similar.max())
-    assert result["chance"] == pytest.approx(np.log(18))
+    assert result["chance"] == pytest.approx(np.log(math.prod(grid)))
     np.testing.assert_allclose(result["loss"], losses, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(result["accuracy"], accuracies)
 
@@ -274,7 +304,7 @@ def test_paper_form_samples_20_negatives_that_are_no_targets(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("form", "grid"), [("repaired", (2, 2, 2)), ("repaired", (1, 1, 2)), ("paper", (3, 3, 1))]
+    ("form", "grid"), [("repaired", (2, 2, 2)), ("repaired", (1, 1, 2)), ("paper", (1, 1, 1))]
 )
 def test_too_small_crops_are_refused(form, grid):
     with pytest.raises(ValueError, match=r"crop: its grid of cubes is .* must have .*Fix:"):
@@ -287,10 +317,12 @@ def test_unknown_form():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_config_round_trip(form):
-    branch = ContrastiveBranch(16, 8, form, blocks=3, name="branch")
+@pytest.mark.parametrize("cube_size", [8, (16, 8, 5)])
+def test_config_round_trip(form, cube_size):
+    branch = ContrastiveBranch(16, cube_size, form, blocks=3, name="branch")
     again = keras.layers.deserialize(keras.layers.serialize(branch))
     assert again.get_config() == branch.get_config()
+    assert tuple(again.cube_size) == ((8, 8, 8) if cube_size == 8 else cube_size)
     for layer in (branch, again):
         layer.build(None)
     assert len(again.trainable_weights) == 3 * 8 + 2 + (2 if form == "repaired" else 0)
@@ -319,11 +351,11 @@ def structured_images(cases: int, shape=(16, 16, 16)) -> tf.Tensor:
 class Pair:
     """An encoder and its branch, whose cubes have an edge of 8 voxels."""
 
-    def __init__(self, form: str, width: int):
+    def __init__(self, form: str, width: int, strides=ISOTROPIC, cube_size=8):
         keras.utils.set_random_seed(1)
-        self.encoder = Encoder(width)
+        self.encoder = Encoder(width, strides=strides)
         self.encoder.build((None, None, None, None, 2))
-        self.branch = ContrastiveBranch(8 * width, 8, form, blocks=1)
+        self.branch = ContrastiveBranch(8 * width, cube_size, form, blocks=1)
         self.branch.build(None)
         self.weights = self.encoder.trainable_weights + self.branch.trainable_weights
 
@@ -367,6 +399,42 @@ def test_gradient_of_the_branch_alone_reaches_every_weight(form):
         assert gradient is not None, name
         # Well above what float32 leaves of a gradient that is mathematically 0.
         assert np.abs(gradient).max() > 1e-5 * largest, name
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_three_equal_edges_are_one_bit_for_bit(form):
+    images = structured_images(2)
+    results = []
+    for cube_size in (8, (8, 8, 8)):
+        pair = Pair(form, width=8, cube_size=cube_size)
+        with tf.GradientTape() as tape:
+            result = pair(images)
+        gradients = tape.gradient(result["loss"], pair.weights)
+        results.append([*result.values(), *map(tf.convert_to_tensor, gradients)])
+    for one, three in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, three)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_thick_slices(form):
+    """Strides, cubes and grid in the plane: the branch learns, along x and y alone."""
+    strides = ((2, 2, 1), (2, 2, 1), (2, 2, 1))
+    pair = Pair(form, width=8, strides=strides, cube_size=(8, 8, 3))
+    images = structured_images(2, (16, 24, 3))
+    with tf.GradientTape() as tape:
+        result = pair(images)
+    gradients = tape.gradient(result["loss"], pair.weights)
+    assert all(gradient is not None for gradient in gradients)
+    # Grid 3 x 5 x 1. Repaired: 5 + 5 queries along x, 6 + 6 along y (2 of 5 layers each),
+    # each among its own 15 codes and the other case's 14. Paper: 2 of 5 layers along y,
+    # 6 targets and the 9 others.
+    queries, candidates = (22, 29) if form == "repaired" else (6, 15)
+    assert result["loss"].shape == (2 * queries,)
+    assert float(result["chance"]) == pytest.approx(np.log(candidates))
+    if form == "repaired":
+        directions = np.abs(tf.convert_to_tensor(gradients[-2])).max(axis=1)
+        assert (directions[:4] > 0).all()
+        np.testing.assert_array_equal(directions[4:], 0)  # none along z
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

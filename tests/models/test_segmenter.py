@@ -237,13 +237,20 @@ def test_strides_of_each_axis():
     assert tuple(model.encoder(batch([1])[0])["h3"].shape) == (1, 1, 1, 8, 64)
 
 
-def test_config_round_trip_through_json():
-    model = make(regions=Regions.parse("brats_msd"), strides=IN_PLANE, contrastive_form="paper")
+@pytest.mark.parametrize("cube_size", [8, (8, 8, 4)])
+def test_config_round_trip_through_json(cube_size):
+    model = make(
+        regions=Regions.parse("brats_msd"),
+        strides=IN_PLANE,
+        contrastive_form="paper",
+        cube_size=cube_size,
+    )
     config = json.loads(json.dumps(model.get_config()))
     again = Segmenter.from_config(config)
     assert again.get_config() == model.get_config()
     assert again.regions == model.regions
     assert again.branch.form == "paper"
+    assert tuple(again.branch.cube_size) == tuple(model.branch.cube_size)
 
 
 def test_weights_survive_a_file(model, tmp_path):

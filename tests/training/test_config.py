@@ -26,7 +26,9 @@ def test_defaults_pass_the_check():
         ("width", 12),
         ("overlap", 1.0),
         ("train_steps", 150),
-        ("crop", (32, 30, 32)),
+        ("crop", (32, -16, 32)),
+        ("cube_size", (16, 16, -8)),
+        ("strides", ((2, 2, 2), (2, 2, 0), (2, 2, 2))),
         ("num_labeled", -1),
         ("labeled_per_step", 0),
         ("scale", 0.9),
@@ -40,6 +42,38 @@ def test_bad_settings_are_named_with_a_mend(field, value):
     assert repr(value) in str(caught.value)
 
 
+THICK = ((2, 2, 1), (2, 2, 1), (2, 2, 2))  # 8, 8 and 2 in all
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"crop": (96, 96, 8)}, None),
+        ({"crop": (96, 96, 6), "cube_size": (32, 32, 6)}, None),
+        ({"crop": (96, 0, 0)}, None),
+        ({"crop": (32, 30, 9)}, r"--crop: .* multiples of \(8, 8, 2\).* Fix: choose 32,24,8, or"),
+        ({"crop": (4, 0, 1)}, "Fix: choose 8,0,2, or"),
+        ({"cube_size": (16, 12, 1)}, "--cube_size: .* Fix: choose 16,8,2, or"),
+        # z is neither spanned nor cut into halves: 8 is no multiple of 6 / 2.
+        ({"crop": (32, 32, 8), "cube_size": (16, 16, 6)}, "--cube_size: .* half must divide"),
+    ],
+)
+def test_crop_and_cubes_fit_the_strides(changes, message):
+    config = dataclasses.replace(GOOD, strides=THICK, **changes)
+    if message is None:
+        config.check()
+    else:
+        with pytest.raises(InputError, match=message):
+            config.check()
+
+
+def test_cubes_matter_to_the_contrastive_methods_alone():
+    config = dataclasses.replace(GOOD, crop=(32, 32, 32), cube_size=(24, 24, 24))
+    with pytest.raises(InputError, match="half must divide"):
+        config.check()
+    dataclasses.replace(config, method="encdec").check()
+
+
 def test_the_fix_for_train_steps_is_right():
     with pytest.raises(InputError, match="choose 200"):
         dataclasses.replace(GOOD, train_steps=150, steps_per_epoch=100).check()
@@ -47,7 +81,13 @@ def test_the_fix_for_train_steps_is_right():
 
 def test_yaml_round_trip(tmp_path):
     config = dataclasses.replace(
-        GOOD, crop=(32, 48, 32), flips=(False, True, False), subject_regex=r"a_(\d+)"
+        GOOD,
+        crop=(32, 48, 8),
+        flips=(False, True, False),
+        subject_regex=r"a_(\d+)",
+        strides=THICK,
+        cube_size=(16, 16, 8),
+        rotation_degrees=(0.0, 0.0, 30.0),
     )
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml())
@@ -61,6 +101,11 @@ def test_yaml_round_trip(tmp_path):
         ({"width": "eight"}, "width"),
         ({"width": 8.5}, "width"),
         ({"crop": [32, 32]}, "crop"),
+        ({"crop": "large"}, "crop"),
+        ({"strides": ["2x2x1", "2x2x1"]}, "strides"),
+        ({"strides": ["2x2", "2x2x1", "2x2x2"]}, "strides"),
+        ({"strides": [2, 2, 1]}, "strides"),  # by level or by axis?
+        ({"strides": "2x2x2"}, "strides"),
         ({"flips": ["maybe", "no", "no"]}, "flips"),
         ({"width": True}, "width"),
         ({"data_dir": 5}, "data_dir"),
@@ -75,6 +120,21 @@ def test_flag_strings_become_tuples():
     config = TrainConfig.from_mapping({"crop": ["8", "16", "24"], "flips": ["true"] * 3}, "flags")
     assert config.crop == (8, 16, 24)
     assert config.flips == (True, True, True)
+
+
+@pytest.mark.parametrize(
+    "strides", [["2x2x1", "2x2x1", "2x2x2"], [[2, 2, 1], [2, 2, 1], [2, 2, 2]]]
+)
+def test_strides_of_flags_and_files(strides):
+    assert TrainConfig.from_mapping({"strides": strides}, "here").strides == THICK
+
+
+@pytest.mark.parametrize("value", [16, "16", [16], ["16"]])
+def test_one_number_stands_for_three(value):
+    config = TrainConfig.from_mapping({"cube_size": value, "rotation_degrees": value}, "here")
+    assert config.cube_size == (16, 16, 16)
+    assert config.rotation_degrees == (16.0, 16.0, 16.0)
+    assert all(type(degrees) is float for degrees in config.rotation_degrees)
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2\n", "a: [", ""])
@@ -100,6 +160,11 @@ def test_shipped_settings_are_valid_and_found_by_name():
     config = TrainConfig.from_mapping(read_settings(preset), str(preset))
     dataclasses.replace(config, data_dir="d", model_dir="m").check()
     assert config.flips == (False, False, False)
+    preset = find_preset("ACDC")
+    assert preset is not None
+    config = TrainConfig.from_mapping(read_settings(preset), str(preset))
+    dataclasses.replace(config, data_dir="d", model_dir="m", strides=THICK).check()
+    assert config.rotation_degrees[:2] == (0, 0)
     assert find_preset("something else") is None
     assert find_preset("") is None
     for path in Path(preset).parent.glob("*.yaml"):

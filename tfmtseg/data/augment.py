@@ -7,6 +7,7 @@ voxels to places in the volume, so the volume is interpolated once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,10 +23,11 @@ class Augmentation:
     """How strongly patches are changed. Zeros (and a `scale` of 1) change nothing.
 
     Args:
-        rotation_degrees: Largest rotation about each axis.
+        rotation_degrees: Largest rotation about x, y and z.
         scale: Largest factor of zoom in and out, 1 or more.
         elastic_voxels: Standard deviation of the elastic displacement at control
-            points 8 voxels apart.
+            points 8 voxels apart. As long in millimetres along the other axes as along
+            the one with the shortest voxels.
         elastic_probability: Fraction of patches deformed elastically.
         flips: Whether x, y, z may be mirrored. Only where anatomy allows it.
         gamma: Largest factor in the exponent of the intensity curve, 1 or more.
@@ -36,7 +38,7 @@ class Augmentation:
         blur_probability: Fraction of patches blurred.
     """
 
-    rotation_degrees: float = 15.0
+    rotation_degrees: tuple[float, float, float] = (15.0, 15.0, 15.0)
     scale: float = 1.15
     elastic_voxels: float = 0.7
     elastic_probability: float = 0.3
@@ -50,7 +52,7 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation(
-    rotation_degrees=0.0,
+    rotation_degrees=(0.0, 0.0, 0.0),
     scale=1.0,
     elastic_voxels=0.0,
     elastic_probability=0.0,
@@ -103,8 +105,8 @@ def draw_displacements(
         Float32, `(x, y, z, 3)`, in voxels.
     """
     seeds = _seeds(seed, 5)
-    radians = augmentation.rotation_degrees * (3.141592653589793 / 180.0)
-    rotation = _rotation(_uniform(seeds[0], (3,), radians))
+    radians = [math.radians(degrees) for degrees in augmentation.rotation_degrees]
+    rotation = _rotation(_uniform(seeds[0], (3,), tf.constant(radians)))
     matrix = rotation * spacing_mm[None, :] / spacing_mm[:, None]
     matrix *= tf.exp(_uniform(seeds[1], (), tf.math.log(augmentation.scale)))
     mirrored = (tf.random.stateless_uniform((3,), seeds[2]) < 0.5) & tf.constant(augmentation.flips)
@@ -124,7 +126,8 @@ def draw_displacements(
             weights = interpolation_matrix(count, ELASTIC_SPACING)[:size]
             field = tf.tensordot(weights, field, [[1], [axis]])  # the axis comes first
             field = tf.transpose(field, [*range(1, axis + 1), 0, *range(axis + 1, 4)])
-        return places + augmentation.elastic_voxels * field
+        shortest = tf.reduce_min(spacing_mm) / spacing_mm
+        return places + augmentation.elastic_voxels * field * shortest
 
     chosen = tf.random.stateless_uniform((), seeds[4]) < augmentation.elastic_probability
     return tf.cond(chosen, deformed, lambda: places)

@@ -3,16 +3,20 @@
 Cases of one subject always lie on one side: two volumes of one person are so much
 alike that testing on the second flatters a model that saw the first. Every random
 order is a sort by a hash of the seed and the name, so that it depends on nothing
-else: not on the library's version, nor on which other cases there are.
+else: not on the library's version, nor on which other cases there are. Where groups
+are known, such as diseases, they take turns in that order, so that any first part of
+it holds as many of one as of another.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -51,6 +55,40 @@ def subject_of(name: str, regex: str = "", ids_per_subject: int = 1) -> str:
             "correct --subject_regex",
         )  # fmt: skip
     return str((int(subject) - 1) // ids_per_subject + 1) if ids_per_subject > 1 else subject
+
+
+def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Reads which group each case belongs to.
+
+    Args:
+        path: CSV file with the columns `case` and `group`; others are not looked at.
+
+    Returns:
+        Groups by case name.
+
+    Raises:
+        InputError: If the file cannot be read, lacks a column, or names a case twice.
+    """
+    fix = "correct the file or --groups_file"
+    try:
+        with Path(path).open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(
+            path, "groups file", f"unreadable ({error})", "a CSV file", fix
+        ) from None  # fmt: skip
+    groups: dict[str, str] = {}
+    for row in rows:
+        case, group = row.get("case"), row.get("group")
+        if not case or not group:
+            raise InputError(
+                path, "row", f"without a value in the column {'group' if case else 'case'}",
+                "with a value in the columns case and group", fix,
+            )  # fmt: skip
+        if case in groups:
+            raise InputError(path, "case", f"{case} twice", "in one row", fix)
+        groups[case] = group
+    return groups
 
 
 @dataclass(frozen=True)
@@ -103,6 +141,8 @@ def make_splits(
     unlabelled_names: Iterable[str] = (),
     *,
     subject: Callable[[str], str] = subject_of,
+    groups: Mapping[str, str] | None = None,
+    count_subjects: bool = False,
     num_labeled: int = 0,
     num_development: int = 0,
     num_test: int = 0,
@@ -120,12 +160,17 @@ def make_splits(
         labelled_names: Cases that have a label.
         unlabelled_names: Cases that have none.
         subject: Maps a case's name to its subject.
+        groups: Group of every case that has a label, the same for the cases of a
+            subject. All draws take from the groups in turn.
+        count_subjects: Whether the three numbers below count subjects. Labelled
+            subjects are then whole too.
         num_labeled: Labelled cases to train on; 0 takes the whole pool. With one
             `seed`, fewer are always the first of more.
         num_development: Development cases, at least; the last subject is whole.
         num_test: The same for the test cases. Not used with a `test_list`.
         split_seed: Draws test and development cases.
-        seed: Orders the pool, case by case: labelled cases spread over subjects.
+        seed: Orders the pool, case by case: labelled cases spread over subjects. With
+            `count_subjects`, subject by subject.
         labeled_list: Names the pool in order instead, up to `num_labeled`.
         test_list: Names the test cases instead.
 
@@ -133,37 +178,48 @@ def make_splits(
         The splits. Names are sorted, except those of the labelled cases.
 
     Raises:
-        InputError: If there are too few cases, or a list names an unknown case or a
-            subject of another list.
+        InputError: If there are too few cases, a list names an unknown case or a
+            subject of another list, or a case has no group or another one than its
+            subject.
 
     Warns:
         InputWarning: If cases are left out because their subject is held out.
     """
     labelled = {name: subject(name) for name in sorted(set(labelled_names))}
     unlabelled = {name: subject(name) for name in sorted(set(unlabelled_names) - set(labelled))}
+    _check_groups(groups, labelled)
+    groups = groups or dict.fromkeys(labelled, "")
     fixed = _listed("--labeled_list", labeled_list, labelled)
     fixed_subjects = {labelled[name] for name in fixed}
     free = {name: who for name, who in labelled.items() if who not in fixed_subjects}
 
     if test_list is None:
-        test = _draw("--num_test", free, num_test, split_seed)
+        test = _draw("--num_test", free, groups, num_test, split_seed, count_subjects)
     else:
         test = _listed("--test_list", test_list, labelled)
         _refuse_shared_subjects(test, labelled, fixed_subjects)
     test_subjects = {labelled[name] for name in test}
     free = {name: who for name, who in free.items() if who not in test_subjects}
-    development = _draw("--num_development", free, num_development, split_seed)
+    development = _draw(
+        "--num_development", free, groups, num_development, split_seed, count_subjects
+    )
 
     held_out = test_subjects | {labelled[name] for name in development}
     pool = {name: who for name, who in labelled.items() if who not in held_out}
-    order = fixed if labeled_list is not None else sorted(pool, key=lambda name: _hash(seed, name))
-    if not order or num_labeled > len(order):
+    if count_subjects and labeled_list is None:
+        units = _subjects_in_turn(pool, groups, seed)
+    elif count_subjects:
+        units = _by_subject(fixed, labelled)
+    else:
+        order = _in_turn(groups, pool, seed) if labeled_list is None else fixed
+        units = [[name] for name in order]
+    if not units or num_labeled > len(units):
         raise InputError(
-            "--num_labeled", "value", num_labeled or "all", f"at most {len(order)}, and above 0",
+            "--num_labeled", "value", num_labeled or "all", f"at most {len(units)}, and above 0",
             f"ask for fewer labelled, development or test cases, or add some (there are "
             f"{len(labelled)} with a label)",
         )  # fmt: skip
-    labeled = order[: num_labeled or len(order)]
+    labeled = [name for unit in units[: num_labeled or len(units)] for name in unit]
 
     others = [name for name in (*pool, *unlabelled) if name not in labeled]
     everyone = labelled | unlabelled
@@ -176,23 +232,77 @@ def _hash(seed: int, text: str) -> str:
     return hashlib.sha256(f"{seed}/{text}".encode()).hexdigest()
 
 
-def _shuffled(subjects: dict[str, str], seed: int) -> list[str]:
-    """Case names in random order, those of one subject after each other."""
-    return sorted(subjects, key=lambda name: (_hash(seed, subjects[name]), _hash(seed, name)))
+def _in_turn(groups: Mapping[str, str], names: Iterable[str], seed: int) -> list[str]:
+    """`names` in random order, groups in turn: the first of each, then the second, ..."""
+    turn: dict[str, int] = {}
+    seen: Counter[str] = Counter()
+    order = sorted(names, key=lambda name: _hash(seed, name))
+    for name in order:
+        turn[name] = seen[groups[name]]
+        seen[groups[name]] += 1
+    return sorted(order, key=lambda name: turn[name])  # keeps the order within a turn
 
 
-def _draw(flag: str, subjects: dict[str, str], count: int, seed: int) -> list[str]:
-    """At least `count` case names, whole subjects."""
-    order = _shuffled(subjects, seed)
-    if count > len(order):
+def _by_subject(names: Iterable[str], subjects: Mapping[str, str]) -> list[list[str]]:
+    """`names` in lists by subject, in order of appearance."""
+    lists: dict[str, list[str]] = {}
+    for name in names:
+        lists.setdefault(subjects[name], []).append(name)
+    return list(lists.values())
+
+
+def _subjects_in_turn(
+    subjects: Mapping[str, str], groups: Mapping[str, str], seed: int
+) -> list[list[str]]:
+    """The cases of each subject, subjects in random order with groups in turn."""
+    cases = sorted(subjects, key=lambda name: _hash(seed, name))
+    group_of = {subjects[name]: groups[name] for name in cases}
+    rank = {who: i for i, who in enumerate(_in_turn(group_of, group_of, seed))}
+    return _by_subject(sorted(cases, key=lambda name: rank[subjects[name]]), subjects)
+
+
+def _draw(
+    flag: str,
+    subjects: Mapping[str, str],
+    groups: Mapping[str, str],
+    count: int,
+    seed: int,
+    count_subjects: bool,
+) -> list[str]:
+    """Case names of whole subjects: `count` subjects, or at least `count` cases."""
+    units = _subjects_in_turn(subjects, groups, seed)
+    available = len(units) if count_subjects else len(subjects)
+    if count > available:
         raise InputError(
-            flag, "value", count, f"at most {len(order)}, the cases with a label that are left",
-            "ask for fewer, or add labelled cases",
+            flag, "value", count,
+            f"at most {available}, the {'subjects' if count_subjects else 'cases'} with a label "
+            "that are left", "ask for fewer, or add labelled cases",
         )  # fmt: skip
-    end = count
-    while 0 < end < len(order) and subjects[order[end]] == subjects[order[end - 1]]:
-        end += 1
-    return order[:end]
+    drawn: list[str] = []
+    for number, unit in enumerate(units):
+        if (number if count_subjects else len(drawn)) >= count:
+            break
+        drawn += unit
+    return drawn
+
+
+def _check_groups(groups: Mapping[str, str] | None, subjects: Mapping[str, str]) -> None:
+    """Every case needs a group, and all cases of a subject the same."""
+    if groups is None:
+        return
+    first: dict[str, str] = {}
+    for name, who in subjects.items():
+        if name not in groups:
+            raise InputError(
+                "--groups_file", f"case {name}", "missing", "there: it has a label", "add it"
+            )
+        other = first.setdefault(who, name)
+        if groups[other] != groups[name]:
+            raise InputError(
+                "--groups_file", f"case {name}", f"in the group {groups[name]}",
+                f"in the group {groups[other]} of {other}, which is the same subject",
+                "correct the file, or --subject_regex",
+            )  # fmt: skip
 
 
 def _listed(flag: str, names: Sequence[str] | None, known: dict[str, str]) -> list[str]:

@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
-from tfmtseg.models.blocks import ResidualBlock, convolution
+from tfmtseg.errors import InputError
+from tfmtseg.models.blocks import Factors, ResidualBlock, convolution
 from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.encoder import LEVELS
 from tfmtseg.ops import info_nce, retrieval_accuracy
@@ -21,37 +22,42 @@ MIN_TEMPERATURE = 0.03
 DEFAULT_WEIGHTS = {"repaired": 0.1, "paper": 0.001}
 
 
-def grid_shape(crop: Sequence[int], cube_size: int) -> tuple[int, int, int]:
-    """Cubes along each axis: edge `cube_size`, half overlapping, none beyond the crop.
+def grid_shape(crop: Sequence[int], cube_size: Sequence[int]) -> Factors:
+    """Cubes along each axis: half overlapping, none beyond the crop.
+
+    Args:
+        crop: Voxels along x, y, z.
+        cube_size: Edges along x, y, z; one as long as the crop makes a grid of 1.
 
     Raises:
-        ValueError: If the cube has no half, or the crop is no multiple of that half.
+        InputError: If an edge is longer than the crop; or if it is shorter, and has no
+            half or one that does not divide the crop.
     """
-    step = cube_size // 2
-    if cube_size % 2 or any(size % step or size < cube_size for size in crop):
-        raise ValueError(
-            f"cube_size: value is {cube_size}, must be even, at most the crop {tuple(crop)}, and "
-            "its half must divide the crop. Fix: change --cube_size or --crop."
-        )
-    x, y, z = (size // step - 1 for size in crop)
+    axes = list(zip(crop, cube_size, strict=True))
+    if any(edge != size and (edge % 2 or size < edge or size % (edge // 2)) for size, edge in axes):
+        raise InputError(
+            "--cube_size", "value", tuple(cube_size),
+            f"even, at most the crop {tuple(crop)}, and its half must divide the crop",
+            "change --cube_size or --crop; an edge as long as the crop fits too",
+        )  # fmt: skip
+    x, y, z = (1 if edge == size else size // (edge // 2) - 1 for size, edge in axes)
     return x, y, z
 
 
-def extract_cubes(images: tf.Tensor, cube_size: int) -> tf.Tensor:
-    """Cuts images into half-overlapping cubes.
+def extract_cubes(images: tf.Tensor, cube_size: Sequence[int]) -> tf.Tensor:
+    """Cuts images into cubes, half overlapping along each axis.
 
     Args:
         images: `(batch, x, y, z, modalities)`, spatial sizes known.
-        cube_size: Edge in voxels.
+        cube_size: Edges along x, y, z, in voxels; they may differ.
 
     Returns:
-        `(batch * cubes, cube_size, cube_size, cube_size, modalities)`; the cubes of an
-        image follow each other, z fastest.
+        `(batch * cubes, *cube_size, modalities)`; the cubes of an image follow each
+        other, z fastest.
     """
-    edges = [1, cube_size, cube_size, cube_size, 1]
-    steps = [1, cube_size // 2, cube_size // 2, cube_size // 2, 1]
-    patches = tf.extract_volume_patches(images, edges, steps, "VALID")
-    return tf.reshape(patches, (-1, cube_size, cube_size, cube_size, images.shape[-1]))
+    steps = [max(1, edge // 2) for edge in cube_size]
+    patches = tf.extract_volume_patches(images, [1, *cube_size, 1], [1, *steps, 1], "VALID")
+    return tf.reshape(patches, (-1, *cube_size, images.shape[-1]))
 
 
 class _TemperatureRange(keras.constraints.Constraint):
@@ -74,13 +80,15 @@ class ContrastiveBranch(Branch):
     Two forms exist. `"repaired"` runs in all six directions, normalises codes, learns
     its temperature, keeps the halves free of common voxels and takes as negatives all
     other codes of the batch but those at the positive's place in other cases (volumes
-    are often aligned, so these show the same anatomy). `"paper"` is the original:
-    one direction, raw dot products, the other targets and 20 sampled codes of the
-    same image as negatives.
+    are often aligned, so these show the same anatomy). Directions without two halves,
+    along axes with fewer than 3 cubes, are left out. `"paper"` is the original: one
+    direction, the last axis with 2 or more cubes, raw dot products, the other targets
+    and 20 sampled codes of the same image as negatives.
 
     Args:
         channels: Length of a code.
-        cube_size: Edge of a cube in voxels.
+        cube_size: Edges of a cube along x, y, z, in voxels; one number stands for all.
+            On thick slices a cube spans them all, and the grid lies in their plane.
         form: `"repaired"` or `"paper"`.
         blocks: Residual blocks of the predictor. 8 in the paper; two are enough for
             small codes.
@@ -108,7 +116,7 @@ class ContrastiveBranch(Branch):
     def __init__(
         self,
         channels: int,
-        cube_size: int,
+        cube_size: int | Sequence[int],
         form: str = "repaired",
         blocks: int = 2,
         **kwargs: Any,
@@ -121,7 +129,8 @@ class ContrastiveBranch(Branch):
                 "Fix: change --contrastive_form."
             )
         self.channels = channels
-        self.cube_size = cube_size
+        edges = (cube_size,) * 3 if isinstance(cube_size, int) else tuple(cube_size)
+        self.cube_size = edges
         self.form = form
         self.default_weight = DEFAULT_WEIGHTS[form]
         self.blocks = [ResidualBlock(channels, name=f"block{i}") for i in range(blocks)]
@@ -165,7 +174,9 @@ class ContrastiveBranch(Branch):
         features = encode(extract_cubes(images, self.cube_size))
         codes = tf.reduce_mean(tf.cast(features, tf.float32), (1, 2, 3))
         codes = tf.reshape(codes, (-1, *grid, self.channels))
-        return self._repaired(codes, grid) if self.form == "repaired" else self._paper(codes, seed)
+        if self.form == "repaired":
+            return self._repaired(codes, grid)
+        return self._paper(codes, grid, seed)
 
     def _predict(self, context: tf.Tensor) -> tf.Tensor:
         x = tf.cast(context, self.compute_dtype)
@@ -173,7 +184,7 @@ class ContrastiveBranch(Branch):
             x = block(x)
         return tf.cast(self.last(x), tf.float32)
 
-    def _repaired(self, codes: tf.Tensor, grid: tuple[int, int, int]) -> dict[str, tf.Tensor]:
+    def _repaired(self, codes: tf.Tensor, grid: Factors) -> dict[str, tf.Tensor]:
         cases = tf.shape(codes)[0]
         places = np.arange(math.prod(grid)).reshape(grid)
         queries, targets = [], []  # per direction: (cases, n, channels) and the places (n,)
@@ -216,21 +227,26 @@ class ContrastiveBranch(Branch):
             "chance": tf.math.log(tf.cast(candidates, tf.float32)),
         }
 
-    def _paper(self, codes: tf.Tensor, seed: tf.Tensor | None) -> dict[str, tf.Tensor]:
-        layers = codes.shape[3]
-        half = layers // 2
-        if half == 0:
+    def _paper(
+        self, codes: tf.Tensor, grid: Factors, seed: tf.Tensor | None
+    ) -> dict[str, tf.Tensor]:
+        axis = max((i for i in range(3) if grid[i] >= 2), default=None)
+        if axis is None:
             raise ValueError(
-                f"crop: its grid of cubes is {tuple(codes.shape[1:4])}, must have 2 or more along "
-                "z for the paper's form. Fix: enlarge --crop or reduce --cube_size."
+                f"crop: its grid of cubes is {grid}, must have 2 or more along an axis for the "
+                "paper's form. Fix: enlarge --crop or reduce --cube_size."
             )
+        half = grid[axis] // 2
+
+        def layers(start: int, stop: int) -> tf.Tensor:
+            return tf.gather(codes, np.arange(start, stop), axis=axis + 1)
 
         def rows(x: tf.Tensor) -> tf.Tensor:
             return tf.reshape(x, (-1, math.prod(x.shape[1:4]), self.channels))
 
-        queries = rows(self._predict(codes[:, :, :, :half]))
-        targets = rows(codes[:, :, :, layers - half :])
-        pool = rows(codes[:, :, :, : layers - half])
+        queries = rows(self._predict(layers(0, half)))
+        targets = rows(layers(grid[axis] - half, grid[axis]))
+        pool = rows(layers(0, grid[axis] - half))
         order = tf.random.stateless_uniform(
             tf.shape(pool)[:2], seed=tf.constant([0, 0]) if seed is None else seed
         )

@@ -40,7 +40,7 @@ class Segmenter(keras.Model):
         width: Channels of the first level, a multiple of 8. 32 in the paper.
         dropout: Fraction of values dropped after the first convolution.
         strides: Strides of levels 1 to 3 along x, y and z.
-        cube_size: Edge of the contrastive branch's cubes, in voxels.
+        cube_size: Edges of the contrastive branch's cubes, one number or three, in voxels.
         contrastive_form: `"repaired"` or `"paper"`, see `ContrastiveBranch`.
         predictor_blocks: Residual blocks of the contrastive branch's predictor.
         branch_weight: Factor of the branch's loss. Defaults to 0.1 for the repaired
@@ -80,7 +80,7 @@ class Segmenter(keras.Model):
         width: int = 32,
         dropout: float = 0.2,
         strides: Sequence[Factors] = ISOTROPIC,
-        cube_size: int = 32,
+        cube_size: int | Sequence[int] = 32,
         contrastive_form: str = "repaired",
         predictor_blocks: int = 8,
         branch_weight: float | None = None,
@@ -127,7 +127,7 @@ class Segmenter(keras.Model):
             "method": method,
             "width": width,
             "dropout": dropout,
-            "cube_size": cube_size,
+            "cube_size": cube_size if isinstance(cube_size, int) else list(cube_size),
             "contrastive_form": contrastive_form,
             "predictor_blocks": predictor_blocks,
             "branch_weight": branch_weight,

@@ -8,15 +8,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from tfmtseg.data.augment import Augmentation
 from tfmtseg.errors import InputError
+from tfmtseg.models.blocks import Factors
+from tfmtseg.models.contrastive_branch import grid_shape
 from tfmtseg.models.methods import METHODS
+from tfmtseg.training.sizes import Strides, total_strides
 
-Three = tuple[int, int, int]
+UNKNOWN = (0, 0, 0)
 
 
 def _setting(default: Any, help: str) -> Any:
@@ -38,6 +41,12 @@ class TrainConfig:
         "", "Nested regions: brats_msd, or WT=1,2,3;TC=2,3;ET=3. Default: one class per label."
     )
     num_labeled: int = _setting(0, "Labelled cases to train on; 0 takes all of the pool.")
+    count_subjects: bool = _setting(
+        False, "Whether num_labeled, num_development and num_test count subjects, not cases."
+    )
+    groups_file: str = _setting(
+        "", "CSV (columns case, group) in data_dir; draws take from all groups in turn."
+    )
     labeled_list: str = _setting("", "File with the labelled cases to use, one name per line.")
     test_list: str = _setting("", "File with the test cases, one name per line.")
     num_development: int = _setting(0, "Cases for choosing settings, watched during training.")
@@ -47,19 +56,27 @@ class TrainConfig:
     ids_per_subject: int = _setting(1, "Consecutive numbers that are one subject, such as 2.")
 
     width: int = _setting(32, "Channels of the first level, a multiple of 8.")
+    strides: Strides = _setting(
+        (UNKNOWN, UNKNOWN, UNKNOWN),
+        "By level, such as 2x2x1,2x2x1,2x2x2; 0x0x0 at all chooses from the voxel size.",
+    )
     dropout: float = _setting(0.2, "Fraction of values dropped after the first convolution.")
     contrastive_form: str = _setting("repaired", "repaired, or paper: the published form.")
-    cube_size: int = _setting(0, "Edge of the contrastive cubes in voxels; 0 chooses one.")
+    cube_size: Factors = _setting(
+        UNKNOWN, "Edges of the contrastive cubes in voxels, one or three; 0 chooses one."
+    )
     predictor_blocks: int = _setting(8, "Residual blocks of the contrastive predictor.")
     branch_weight: float = _setting(-1.0, "Factor of the branch's loss; below 0: the default.")
 
-    crop: Three = _setting((0, 0, 0), "Patch size in voxels, such as 96,96,96; 0 chooses one.")
+    crop: Factors = _setting(UNKNOWN, "Patch size in voxels, such as 96,96,96; 0 chooses one.")
     labeled_per_step: int = _setting(2, "Labelled patches in each step.")
     unlabeled_per_step: int = _setting(2, "Unlabelled patches in each step, where used.")
     foreground_probability: float = _setting(
         0.33, "Fraction of labelled patches centred on labelled tissue."
     )
-    rotation_degrees: float = _setting(15.0, "Largest rotation about each axis.")
+    rotation_degrees: tuple[float, float, float] = _setting(
+        (15.0, 15.0, 15.0), "Largest rotation about x, y, z. About z only where slices are thick."
+    )
     scale: float = _setting(1.15, "Largest zoom factor.")
     elastic_voxels: float = _setting(0.7, "Strength of elastic deformation.")
     elastic_probability: float = _setting(0.3, "Fraction of patches deformed elastically.")
@@ -107,6 +124,8 @@ class TrainConfig:
     def check(self) -> None:
         """Checks what can be checked without looking at the data.
 
+        The crop and the cubes have to fit the strides, where these are not left open.
+
         Raises:
             InputError: With the first setting that cannot be used.
         """
@@ -139,13 +158,26 @@ class TrainConfig:
                 f"choose {_round_up(self.train_steps, self.steps_per_epoch)}, or change "
                 "--steps_per_epoch",
             ),
+            ("crop", min(self.crop) >= 0, "0 or more", "choose such as 96,96,96"),
+            ("cube_size", min(self.cube_size) >= 0, "0 or more", "choose such as 32"),
             (
-                "crop",
-                all(size >= 0 and size % 8 == 0 for size in self.crop),
-                "multiples of 8",
-                "choose such as 96,96,96",
+                "strides",
+                self.has_strides or self.strides == (UNKNOWN, UNKNOWN, UNKNOWN),
+                "1 or more everywhere, or 0 everywhere",
+                "choose such as 2x2x2,2x2x2,2x2x2",
             ),
         ]
+        if self.has_strides:
+            totals = total_strides(self.strides)
+            for name in ("crop", "cube_size"):
+                sizes = getattr(self, name)
+                fitting = tuple(
+                    size and max(total, size // total * total)
+                    for size, total in zip(sizes, totals, strict=True)
+                )
+                rule = f"multiples of {totals}, the product of --strides"
+                fix = f"choose {','.join(map(str, fitting))}, or change --strides"
+                rules.append((name, sizes == fitting, rule, fix))
         rules += [
             (name, getattr(self, name) >= low, f"{low} or more", f"choose {low} or more")
             for name, low in limits.items()
@@ -153,6 +185,8 @@ class TrainConfig:
         for name, holds, rule, fix in rules:
             if not holds:
                 raise InputError(f"--{name}", "value", repr(getattr(self, name)), rule, fix)
+        if METHODS[self.method].branch == "contrastive" and min(*self.crop, *self.cube_size) > 0:
+            grid_shape(self.crop, self.cube_size)
 
     @property
     def augmentation(self) -> Augmentation:
@@ -161,16 +195,18 @@ class TrainConfig:
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     @property
+    def has_strides(self) -> bool:
+        """Whether the strides are known, and not to be chosen from the data."""
+        return min(map(min, self.strides)) >= 1
+
+    @property
     def uses_unlabelled(self) -> bool:
         """Whether unlabelled patches take part."""
         return METHODS[self.method].uses_unlabelled and self.unlabeled_per_step > 0
 
     def to_yaml(self) -> str:
         """All settings as YAML, in the order of this class."""
-        values = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
-        }
+        values = {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
@@ -178,21 +214,40 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
+def _plain(value: Any) -> Any:
+    """`value` with lists for tuples, as YAML has them."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 def _convert(origin: str, name: str, value: Any, kind: Any) -> Any:
-    """`value` as `kind`, which is a scalar type or a tuple of one."""
+    """`value` as `kind`: a scalar type, a tuple of one, or a tuple of such tuples."""
+    elements = get_args(kind)
     try:
-        if kind in (str, int, float, bool):
+        if not elements:
             return _scalar(value, kind)
-        items = list(value)
-        element = kind.__args__[0]
-        if len(items) != len(kind.__args__):
-            raise ValueError
-        return tuple(_scalar(item, element) for item in items)
+        if get_args(elements[0]):
+            return tuple(
+                _several(_split(item), get_args(inner))
+                for item, inner in zip(value, elements, strict=True)
+            )
+        items = value if isinstance(value, (list, tuple)) else [value]
+        if len(items) == 1:  # stands for all
+            items = [*items] * len(elements)
+        return _several(items, elements)
     except (TypeError, ValueError):
-        word = kind.__name__ if isinstance(kind, type) else f"{len(kind.__args__)} values"
+        word = f"{len(elements)} values" if elements else kind.__name__
         raise InputError(
             origin, f"setting '{name}'", repr(value), f"of the kind {word}", "correct the value"
         ) from None
+
+
+def _several(items: Any, kinds: tuple[type, ...]) -> tuple[Any, ...]:
+    return tuple(_scalar(item, kind) for item, kind in zip(items, kinds, strict=True))
+
+
+def _split(item: Any) -> Any:
+    """`"2x2x1"`, as a flag has it, in parts; YAML has a list."""
+    return item.split("x") if isinstance(item, str) else item
 
 
 def _scalar(value: Any, kind: type) -> Any:

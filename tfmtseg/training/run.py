@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -31,10 +32,12 @@ from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.data.cache import Record, build_cache
 from tfmtseg.data.cases import Case, DataFolder, read_case_list, read_data_folder
+from tfmtseg.data.nifti import Geometry, read_geometry
 from tfmtseg.data.pipeline import held_out_batches, training_batches
-from tfmtseg.data.splits import Splits, make_splits, subject_of
-from tfmtseg.errors import InputError
+from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
+from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import write_json, write_text
+from tfmtseg.models.blocks import Factors
 from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops.info_nce import choose
@@ -42,9 +45,8 @@ from tfmtseg.regions import Regions
 from tfmtseg.training.callbacks import Checkpoints, History, Progress, TensorBoard
 from tfmtseg.training.config import TrainConfig, read_settings
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
+from tfmtseg.training.sizes import MAX_CROP, choose_crop, choose_cube, choose_strides
 
-MAX_CROP = 96  # voxels per axis, where the crop is chosen automatically
-MAX_CUBE = 32
 # Settings that may differ when a run goes on: they change no result.
 MAY_CHANGE = {"data_dir", "unlabeled_dir", "model_dir", "cache_dir"}
 
@@ -73,7 +75,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     further = _further_images(config, folder)
     splits = _split(config, folder, further)
     labelled, unlabelled, development = _records(config, folder, regions, further, splits)
-    config = _resolve(config, [*labelled, *unlabelled])
+    config = _resolve(config, _training_geometries(folder, further, splits))
+    config.check()
     result_file = directory / "result.json"
     _claim_folder(config, directory)
     if result_file.exists():
@@ -140,12 +143,17 @@ def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> 
     def listed(path: str) -> tuple[str, ...] | None:
         return read_case_list(path) if path else None
 
+    groups = None
+    if config.groups_file:
+        groups = read_groups(Path(config.data_dir, config.groups_file))
     return make_splits(
         [case.name for case in folder.cases if case.label is not None],
         [case.name for case in (*folder.cases, *further) if case.label is None],
         subject=partial(
             subject_of, regex=config.subject_regex, ids_per_subject=config.ids_per_subject
         ),
+        groups=groups,
+        count_subjects=config.count_subjects,
         num_labeled=config.num_labeled,
         num_development=config.num_development,
         num_test=config.num_test,
@@ -186,20 +194,34 @@ def _records(
     return labelled, unlabelled, development
 
 
-def _resolve(config: TrainConfig, records: Sequence[Record]) -> TrainConfig:
-    """Fills in crop and cube size where they are left to us.
+def _training_geometries(
+    folder: DataFolder, further: Sequence[Case], splits: Splits
+) -> list[Geometry]:
+    """Of all training cases, whichever the method uses, so that all choose the same sizes."""
+    cases = {case.name: case for case in (*folder.cases, *further)}
+    with warnings.catch_warnings():  # those that are used have warned when they were read
+        warnings.simplefilter("ignore", InputWarning)
+        return [
+            read_geometry(cases[name].images[0]) for name in (*splits.labeled, *splits.unlabeled)
+        ]
 
-    The crop is the median volume, rounded down to multiples of 16 and capped; the cube
-    is half the crop's shortest axis, rounded and capped likewise.
-    """
-    median = np.median([record.geometry.ras_shape for record in records], axis=0)
-    x, y, z = (
-        size or int(max(16, min(MAX_CROP, m // 16 * 16)))
-        for size, m in zip(config.crop, median, strict=True)
-    )
-    crop = (x, y, z)
-    cube_size = config.cube_size or max(16, min(MAX_CUBE, min(crop) // 2 // 16 * 16))
-    return dataclasses.replace(config, crop=crop, cube_size=cube_size)
+
+def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig:
+    """Fills in strides, crop and cubes where they are left to us, from medians of the data."""
+    spacing_mm = np.median([geometry.spacing_mm for geometry in geometries], axis=0).tolist()
+    median = np.median([geometry.ras_shape for geometry in geometries], axis=0).tolist()
+    strides = config.strides
+    if not config.has_strides:
+        strides = choose_strides(spacing_mm, _known(config.crop, np.minimum(median, MAX_CROP)))
+    crop = _known(config.crop, choose_crop(median, strides))
+    cube_size = _known(config.cube_size, choose_cube(crop, strides))
+    return dataclasses.replace(config, strides=strides, crop=crop, cube_size=cube_size)
+
+
+def _known(sizes: Factors, otherwise: Sequence[float]) -> Factors:
+    """`sizes` where they are given, not 0."""
+    x, y, z = (size or int(other) for size, other in zip(sizes, otherwise, strict=True))
+    return x, y, z
 
 
 def _claim_folder(config: TrainConfig, directory: Path) -> None:
@@ -224,6 +246,7 @@ def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
         method=config.method,
         width=config.width,
         dropout=config.dropout,
+        strides=config.strides,
         cube_size=config.cube_size,
         contrastive_form=config.contrastive_form,
         predictor_blocks=config.predictor_blocks,
