@@ -12,14 +12,24 @@ class Method:
     Args:
         branch: The second task, or None.
         uses_unlabelled: Whether cases without a label take part.
+        copy_paste: Whether a teacher labels the unlabelled patches, which are then
+            mixed with labelled ones.
     """
 
     branch: str | None
     uses_unlabelled: bool
+    copy_paste: bool = False
+
+    @property
+    def can_pretrain(self) -> bool:
+        """Whether there is something to learn without any label."""
+        return self.branch == "contrastive"
 
 
 METHODS: dict[str, Method] = {
     "encdec": Method(branch=None, uses_unlabelled=False),
     "cpcseg": Method(branch="contrastive", uses_unlabelled=False),
     "sscpcseg": Method(branch="contrastive", uses_unlabelled=True),
+    "bcp": Method(branch=None, uses_unlabelled=True, copy_paste=True),
+    "bcpcpcseg": Method(branch="contrastive", uses_unlabelled=True, copy_paste=True),
 }
