@@ -263,7 +263,7 @@ class Segmenter(keras.Model):
         if self.teacher is not None:
             taught = ~tf.reduce_all(labeled)
             shown["mix_loss"] = self._mix_loss(
-                annotated, labels, weights, others, taught, seeds[3:]
+                self.teacher, annotated, labels, weights, others, taught, seeds[3:]
             )
             loss += shown["mix_loss"]
         if self.branch is not None:
@@ -280,6 +280,7 @@ class Segmenter(keras.Model):
 
     def _mix_loss(
         self,
+        teacher: Teacher,
         annotated: tf.Tensor,
         labels: tf.Tensor,
         weights: tf.Tensor,
@@ -290,6 +291,7 @@ class Segmenter(keras.Model):
         """Loss of labelled volumes mixed with others.
 
         Args:
+            teacher: Labels `others`.
             annotated: Images with a label; they take turns as the first partner.
             labels: Their label maps.
             weights: 1, or 0 for all: then the loss is 0.
@@ -305,7 +307,7 @@ class Segmenter(keras.Model):
         second = (first + 1) % available
         partners = tf.cond(
             taught,
-            lambda: (others, label_map(self.teacher(others), self.regions)),
+            lambda: (others, label_map(teacher(others), self.regions)),
             lambda: (tf.gather(annotated, second), tf.gather(labels, second)),
         )
         masks = box_masks(
