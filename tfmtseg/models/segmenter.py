@@ -137,7 +137,7 @@ class Segmenter(keras.Model):
         self.pretraining = pretraining
         self.teacher_start = teacher_start
         self.pseudo_label_weight = pseudo_label_weight
-        # Last, so that all methods draw the same initial weights.
+        # Last, so that encoder, decoder and head draw the same weights under all methods.
         self.teacher: Teacher | None = None
         if METHODS[method].copy_paste and not pretraining:
             self.teacher = Teacher(
