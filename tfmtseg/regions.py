@@ -124,6 +124,15 @@ class Regions:
         """The highest label value that may occur."""
         return max(max(values) for values in self.members)
 
+    @property
+    def own_labels(self) -> tuple[int, ...]:
+        """The label that a label map shows where a region, and no smaller one, is."""
+        smaller = (*self.members[1:], ()) if self.nested else ((),) * len(self.members)
+        return tuple(
+            min(set(values) - set(inner))
+            for values, inner in zip(self.members, smaller, strict=True)
+        )
+
     def masks(self, label_map: np.ndarray) -> np.ndarray:
         """Region masks of a label map.
 
@@ -151,8 +160,6 @@ class Regions:
         if not self.nested:
             return np.argmax(logits, axis=-1).astype(np.uint8)
         result = np.zeros(logits.shape[:-1], np.uint8)
-        for i, values in enumerate(self.members):
-            smaller = self.members[i + 1] if i + 1 < len(self.members) else ()
-            own = min(set(values) - set(smaller))
-            result[logits[..., 2 * i + 1] > logits[..., 2 * i]] = own
+        for i, label in enumerate(self.own_labels):
+            result[logits[..., 2 * i + 1] > logits[..., 2 * i]] = label
         return result

@@ -98,7 +98,8 @@ def test_heads():
 
 @pytest.mark.parametrize("regions", [Regions.exclusive(["a", "b", "c"]), BRATS])
 @pytest.mark.parametrize("strength", [0.0, 1.0, 200.0])
-def test_gradient_is_finite_without_any_foreground(regions, strength):
+@pytest.mark.parametrize("weights", [None, np.zeros((2, 3, 2, 2), np.float32)])
+def test_gradient_is_finite_without_any_foreground(regions, strength, weights):
     # At strength 200 the background is certain: probabilities of all else underflow to 0.
     direction = np.ones((2, 3, 2, 2, regions.num_outputs), np.float32)
     direction[..., :: regions.head_sizes[0]] = -1
@@ -106,9 +107,46 @@ def test_gradient_is_finite_without_any_foreground(regions, strength):
         logits = tf.constant(sign * strength * direction)
         with tf.GradientTape() as tape:
             tape.watch(logits)
-            loss = SegmentationLoss(regions).call(np.zeros((2, 3, 2, 2), int), logits)
+            loss = SegmentationLoss(regions).call(np.zeros((2, 3, 2, 2), int), logits, weights)
         assert np.isfinite(loss).all()
         assert np.isfinite(tape.gradient(loss, logits)).all()
+
+
+def weighted_by_hand(labels: np.ndarray, logits: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The loss of exclusive regions with a weight per voxel, float64."""
+    p = np.exp(np.float64(logits))
+    p /= p.sum(-1, keepdims=True)
+    t = np.eye(p.shape[-1])[labels]
+    w = np.float64(weights)[..., None]
+    overlap = (w * p * t).sum((1, 2, 3))
+    sizes = (w * (p**2 + t**2)).sum((1, 2, 3))
+    dice = 1 - (2 * overlap + 1e-7) / (sizes + 1e-7)
+    cross_entropy = (w * -np.log(p) * t).sum((1, 2, 3, 4)) / w.sum((1, 2, 3, 4))
+    return 0.5 * dice.mean(-1) + 0.5 * cross_entropy
+
+
+def test_voxel_weights_by_hand():
+    random = np.random.default_rng(1)
+    labels = random.integers(3, size=(3, 4, 3, 5))
+    logits = 2 * random.normal(size=(*labels.shape, 3)).astype(np.float32)
+    weights = random.uniform(size=labels.shape).astype(np.float32)
+    weights[1] = weights[1] > 0.5  # a mask
+    result = SegmentationLoss(Regions.exclusive(["a", "b"])).call(labels, logits, weights)
+    # Sums of 60 float32 voxels.
+    np.testing.assert_allclose(result, weighted_by_hand(labels, logits, weights), rtol=1e-5)
+
+
+def test_voxels_without_weight_have_no_part():
+    random = np.random.default_rng(2)
+    labels = random.integers(4, size=(1, 4, 2, 2))
+    logits = random.normal(size=(*labels.shape, 6)).astype(np.float32)
+    weights = np.zeros(labels.shape, np.float32)
+    weights[:, :2] = 1
+    loss = SegmentationLoss(BRATS)
+    np.testing.assert_allclose(
+        loss.call(labels, logits, weights), loss.call(labels[:, :2], logits[:, :2]), rtol=1e-6
+    )
+    np.testing.assert_array_equal(loss.call(labels, logits, 0 * weights), [0])
 
 
 def test_half_precision_logits_are_widened():

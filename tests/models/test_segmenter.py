@@ -85,7 +85,7 @@ def restore(model, start):
 
 
 def test_methods():
-    assert set(METHODS) == {"encdec", "cpcseg", "sscpcseg"}
+    assert set(METHODS) == {"encdec", "cpcseg", "sscpcseg", "bcp", "bcpcpcseg"}
     assert make("encdec").branch is None
     assert make("cpcseg").branch is not None
     assert not METHODS["cpcseg"].uses_unlabelled
@@ -235,6 +235,23 @@ def test_strides_of_each_axis():
     logits = model(batch([1])[0])
     assert tuple(logits.shape) == (1, *CROP, 3)
     assert tuple(model.encoder(batch([1])[0])["h3"].shape) == (1, 1, 1, 8, 64)
+
+
+def test_pretraining_moves_encoder_and_branch_alone():
+    model = compiled(pretraining=True)
+    images, labels, labeled = batch([1, 0])
+    logs, before, after = one_step(model, (images, labels, labeled))
+    assert moved(before, after) == {"encoder", "branch"}
+    assert set(logs) == {"loss", "cpc_loss", "cpc_accuracy", "cpc_chance"}
+    # Every volume takes part, with a label or not: 2 volumes of 3 cubes.
+    assert logs["cpc_chance"] == pytest.approx(np.log(5))
+    assert model.count_parameters()["decoder"] == 0
+    assert Segmenter.from_config(model.get_config()).pretraining
+
+
+def test_pretraining_needs_something_to_learn():
+    with pytest.raises(ValueError, match=r"method: value is 'bcp', must be one of cpcseg.*Fix: "):
+        make("bcp", pretraining=True)
 
 
 @pytest.mark.parametrize("cube_size", [8, (8, 8, 4)])

@@ -34,6 +34,10 @@ def test_defaults_pass_the_check():
         ("scale", 0.9),
         ("contrastive_form", "other"),
         ("learning_rate", 0.0),
+        ("mode", "finetune"),
+        ("teacher_momentum", 1.0),
+        ("teacher_start", 1.5),
+        ("pseudo_label_weight", -0.5),
     ],
 )
 def test_bad_settings_are_named_with_a_mend(field, value):
@@ -72,6 +76,14 @@ def test_cubes_matter_to_the_contrastive_methods_alone():
     with pytest.raises(InputError, match="half must divide"):
         config.check()
     dataclasses.replace(config, method="encdec").check()
+
+
+@pytest.mark.parametrize(("field", "value"), [("method", "bcp"), ("unlabeled_per_step", 0)])
+def test_pretraining_needs_a_branch_and_unlabelled_patches(field, value):
+    config = dataclasses.replace(GOOD, mode="pretrain")
+    config.check()
+    with pytest.raises(InputError, match=rf"^--{field}: .* with --mode=pretrain"):
+        dataclasses.replace(config, **{field: value}).check()
 
 
 def test_the_fix_for_train_steps_is_right():

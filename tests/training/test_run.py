@@ -15,11 +15,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError
 from tfmtseg.inference.evaluate import evaluate
 from tfmtseg.inference.predict import predict_folder
+from tfmtseg.models.segmenter import Segmenter
+from tfmtseg.training import run as run_module
+from tfmtseg.training.callbacks import Checkpoints
+from tfmtseg.training.checkpoint import load_model
 from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.run import load_run, train
 
@@ -58,30 +64,36 @@ def phantoms(tmp_path_factory):
     return root / "data"
 
 
-@pytest.fixture(scope="module")
-def opened(phantoms, tmp_path_factory):
-    """A finished run, and the files that were opened while it trained."""
+def train_watched(config: TrainConfig) -> dict[str, set[str]]:
+    """Trains; returns the cases whose labels and images were opened meanwhile."""
     paths = []
     active = True
 
     def hook(event, arguments):
         if active and event == "open" and isinstance(arguments[0], (str, bytes)):
-            paths.append(os.fsdecode(arguments[0]))
+            paths.append(Path(os.fsdecode(arguments[0])))
 
     sys.addaudithook(hook)
-    directory = tmp_path_factory.mktemp("run") / "run"
-    train(settings(phantoms, directory))
+    train(config)
     active = False
-    return load_run(directory), paths
+    names = {"labels": set(), "images": set()}
+    for path in paths:
+        if path.name.endswith(".nii.gz"):
+            kind = "labels" if path.parent.name == "labelsTr" else "images"
+            names[kind].add(path.name.removesuffix(".nii.gz"))
+    return names
+
+
+@pytest.fixture(scope="module")
+def opened(phantoms, tmp_path_factory):
+    """A finished run, and the cases that were opened while it trained."""
+    directory = tmp_path_factory.mktemp("run") / "run"
+    names = train_watched(settings(phantoms, directory))
+    return load_run(directory), names
 
 
 def test_labels_of_unlabelled_and_test_cases_are_never_opened(opened, phantoms):
-    run, paths = opened
-    volumes = [Path(path) for path in paths if path.endswith(".nii.gz")]
-    names = {"labels": set(), "images": set()}
-    for path in volumes:
-        kind = "labels" if path.parent.name == "labelsTr" else "images"
-        names[kind].add(path.name.removesuffix(".nii.gz"))
+    run, names = opened
     assert names["labels"] == {*run.splits.labeled, *run.splits.development}
     assert names["images"] == names["labels"] | set(run.splits.unlabeled)
     assert len(run.splits.test) == 2
@@ -217,6 +229,110 @@ def test_a_killed_run_goes_on_to_the_same_weights(opened, phantoms, tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+class Stopped(Exception):
+    """Stands for whatever ends a process."""
+
+
+def train_with_a_break(monkeypatch, config: TrainConfig) -> None:
+    """Trains up to the first checkpoint, and then, as a new call, to the end."""
+    save = Checkpoints.on_epoch_end
+
+    def stop(self, epoch, logs=None):
+        save(self, epoch, logs)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "on_epoch_end", stop)
+        with pytest.raises(Stopped):
+            train(config)
+    train(config)
+
+
+def last_checkpoint(model_dir: str) -> dict[str, np.ndarray]:
+    reader = tf.train.load_checkpoint(str(Path(model_dir) / "checkpoints"))
+    names = [name for name in reader.get_variable_to_shape_map() if "save_counter" not in name]
+    return {name: reader.get_tensor(name) for name in names if not name.startswith("_")}
+
+
+def test_a_break_changes_neither_weights_nor_teacher(phantoms, tmp_path, monkeypatch):
+    cache = str(tmp_path / "cache")
+    # The teacher labels patches from step 1 on, and so after the break.
+    config = settings(
+        phantoms, tmp_path / "whole", method="bcp", cache_dir=cache, teacher_start=0.0
+    )
+    train(config)
+    broken = dataclasses.replace(config, model_dir=str(tmp_path / "broken"))
+    train_with_a_break(monkeypatch, broken)
+    whole, resumed = (last_checkpoint(c.model_dir) for c in (config, broken))
+    student = [name for name in whole if name.startswith("model/")]
+    model = load_run(config.model_dir).model
+    assert len(student) == len(model.trainable_weights) + len(model.teacher.weights)
+    assert whole.keys() == resumed.keys()
+    for name, values in whole.items():
+        np.testing.assert_array_equal(values, resumed[name])
+
+
+@pytest.fixture(scope="module")
+def pretrained(phantoms, tmp_path_factory):
+    """A pretraining run, its result, and the cases it opened."""
+    directory = tmp_path_factory.mktemp("pretrained")
+    config = settings(phantoms, directory / "run", mode="pretrain", train_steps=2)
+    names = train_watched(config)
+    return config, names
+
+
+def test_pretraining_opens_no_label(pretrained):
+    config, names = pretrained
+    splits = Splits.read(Path(config.model_dir) / "splits")
+    assert names["labels"] == set()
+    assert names["images"] == {*splits.labeled, *splits.unlabeled, *splits.development}
+    result = json.loads((Path(config.model_dir) / "result.json").read_text())
+    assert (result["mode"], result["num_labeled"], result["num_unlabeled"]) == ("pretrain", 0, 5)
+    assert result["parameters"]["decoder"] == 0
+    header = (Path(config.model_dir) / "history.csv").read_text().splitlines()[0].split(",")
+    assert {"cpc_loss", "val_cpc_loss"} <= set(header)
+    assert not {"seg_loss", "dice_WT"} & set(header)
+
+
+def test_a_pretraining_segments_nothing(pretrained):
+    with pytest.raises(InputError, match=r"is a pretraining, .* train with --init_checkpoint"):
+        load_run(pretrained[0].model_dir)
+
+
+def test_training_starts_from_exactly_the_pretrained_weights(
+    pretrained, phantoms, tmp_path, monkeypatch
+):
+    def start_of(config: TrainConfig) -> Segmenter:
+        # Without an update, the final weights are the first ones.
+        monkeypatch.setattr(run_module, "_fit", lambda *arguments: 0.0)
+        train(config)
+        return load_run(config.model_dir).model
+
+    source = load_model(pretrained[0].model_dir)[0]
+    cache = str(Path(pretrained[0].model_dir) / "cache")
+    fresh = settings(phantoms, tmp_path / "fresh", cache_dir=cache)
+    tuned = dataclasses.replace(
+        fresh, model_dir=str(tmp_path / "tuned"), init_checkpoint=pretrained[0].model_dir
+    )
+    models = [start_of(config) for config in (fresh, tuned)]
+    for name, origin in (
+        ("encoder", source), ("branch", source), ("decoder", models[0]), ("head", models[0]),
+    ):  # fmt: skip
+        expected = getattr(origin, name).get_weights()
+        for ours, theirs in zip(getattr(models[1], name).get_weights(), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    for name in ("encoder", "branch"):  # pretraining has moved them
+        pairs = zip(
+            getattr(source, name).get_weights(),
+            getattr(models[0], name).get_weights(),
+            strict=True,
+        )
+        assert any((a != b).any() for a, b in pairs)
+    result = json.loads((tmp_path / "tuned" / "result.json").read_text())
+    assert result["init_checkpoint"] == pretrained[0].model_dir
+    assert result["initialized"] == ["encoder", "branch"]
 
 
 def test_real_brain_tumours(shared_data, tmp_path):

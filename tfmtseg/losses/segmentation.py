@@ -14,15 +14,22 @@ from tfmtseg.regions import Regions
 SPATIAL = (1, 2, 3)
 
 
-def soft_dice_loss(targets: tf.Tensor, probabilities: tf.Tensor, smooth: float = 1e-7) -> tf.Tensor:
+def soft_dice_loss(
+    targets: tf.Tensor,
+    probabilities: tf.Tensor,
+    voxel_weights: tf.Tensor | None = None,
+    smooth: float = 1e-7,
+) -> tf.Tensor:
     """Soft Dice loss with squared terms, one value per volume.
 
     `1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth)`, summed over the
-    voxels of a volume and averaged over channels, background included.
+    voxels of a volume and averaged over channels, background included. With weights,
+    each voxel counts that often in each sum.
 
     Args:
         targets: One-hot float, `(batch, x, y, z, channels)`.
         probabilities: Float, the same shape.
+        voxel_weights: Float, `(batch, x, y, z)`, or None.
         smooth: Positive, in voxels.
 
     Returns:
@@ -31,8 +38,12 @@ def soft_dice_loss(targets: tf.Tensor, probabilities: tf.Tensor, smooth: float =
     Reference:
         Iwasawa et al., 2020, section 3.2, after Milletari et al., 2016.
     """
-    overlap = tf.reduce_sum(probabilities * targets, SPATIAL)
-    sizes = tf.reduce_sum(tf.square(probabilities) + tf.square(targets), SPATIAL)
+    overlaps = probabilities * targets
+    squares = tf.square(probabilities) + tf.square(targets)
+    if voxel_weights is not None:
+        overlaps *= voxel_weights[..., None]
+        squares *= voxel_weights[..., None]
+    overlap, sizes = tf.reduce_sum(overlaps, SPATIAL), tf.reduce_sum(squares, SPATIAL)
     return tf.reduce_mean(1.0 - (2.0 * overlap + smooth) / (sizes + smooth), -1)
 
 
@@ -81,6 +92,8 @@ class SegmentationLoss(keras.losses.Loss):
     Call arguments:
         y_true: Integer label map, `(batch, x, y, z)`.
         y_pred: Logits, `(batch, x, y, z, outputs)`.
+        voxel_weights: How much each voxel counts, `(batch, x, y, z)`, or None for all
+            alike; only `call` takes it. The loss of a volume without any weight is 0.
 
     Returns:
         One value per volume, `(batch,)`.
@@ -93,18 +106,25 @@ class SegmentationLoss(keras.losses.Loss):
         super().__init__(**{"name": "segmentation_loss", "reduction": "none", **kwargs})
         self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
 
-    def call(self, y_true: tf.Tensor, y_pred: tf.Tensor) -> tf.Tensor:
+    def call(
+        self, y_true: tf.Tensor, y_pred: tf.Tensor, voxel_weights: tf.Tensor | None = None
+    ) -> tf.Tensor:
         """See the class."""
         logits = tf.split(tf.cast(y_pred, tf.float32), self.regions.head_sizes, axis=-1)
         targets = one_hot_heads(tf.cast(y_true, tf.int32), self.regions)
         losses = []
         for head_targets, head_logits in zip(targets, logits, strict=True):
             log_probabilities = tf.nn.log_softmax(head_logits)
-            cross_entropy = -tf.reduce_sum(head_targets * log_probabilities, -1)
-            losses.append(
-                0.5 * soft_dice_loss(head_targets, tf.exp(log_probabilities))
-                + 0.5 * tf.reduce_mean(cross_entropy, SPATIAL)
-            )
+            per_voxel = -tf.reduce_sum(head_targets * log_probabilities, -1)
+            if voxel_weights is None:
+                cross_entropy = tf.reduce_mean(per_voxel, SPATIAL)
+            else:
+                cross_entropy = tf.math.divide_no_nan(
+                    tf.reduce_sum(per_voxel * voxel_weights, SPATIAL),
+                    tf.reduce_sum(voxel_weights, SPATIAL),
+                )
+            dice = soft_dice_loss(head_targets, tf.exp(log_probabilities), voxel_weights)
+            losses.append(0.5 * dice + 0.5 * cross_entropy)
         return tf.add_n(losses)
 
     def get_config(self) -> dict[str, Any]:

@@ -76,6 +76,11 @@ class Encoder(keras.layers.Layer):
                 block.build(shape)
         self.built = True
 
+    def level_shapes(self, input_shape: Any) -> dict[str, Any]:
+        """Shapes of the levels by name, spatial sizes unknown."""
+        free = (input_shape[0], None, None, None)
+        return {name: (*free, self.width * 2**i) for i, name in enumerate(LEVELS)}
+
     def _stages(self) -> list[tuple[Any, list[ResidualBlock]]]:
         """Entry convolution and residual blocks of each level."""
         first = [sum(BLOCKS[:i]) for i in range(len(BLOCKS))]

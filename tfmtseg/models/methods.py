@@ -12,10 +12,18 @@ class Method:
     Args:
         branch: The second task, or None.
         uses_unlabelled: Whether cases without a label take part.
+        copy_paste: Whether a teacher labels the unlabelled patches, which are then
+            mixed with labelled ones.
     """
 
     branch: str | None
     uses_unlabelled: bool
+    copy_paste: bool = False
+
+    @property
+    def can_pretrain(self) -> bool:
+        """Whether there is something to learn without any label."""
+        return self.branch in ("contrastive", "vae")
 
 
 METHODS: dict[str, Method] = {
@@ -25,4 +33,6 @@ METHODS: dict[str, Method] = {
     "boundseg": Method(branch="boundary", uses_unlabelled=False),
     "cpcseg": Method(branch="contrastive", uses_unlabelled=False),
     "sscpcseg": Method(branch="contrastive", uses_unlabelled=True),
+    "bcp": Method(branch=None, uses_unlabelled=True, copy_paste=True),
+    "bcpcpcseg": Method(branch="contrastive", uses_unlabelled=True, copy_paste=True),
 }

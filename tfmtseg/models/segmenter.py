@@ -16,9 +16,11 @@ from tfmtseg.models.blocks import Factors, convolution
 from tfmtseg.models.boundary_branch import BoundaryBranch
 from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch
+from tfmtseg.models.copy_paste import box_masks, label_map, paste
 from tfmtseg.models.decoder import Decoder
-from tfmtseg.models.encoder import ISOTROPIC, LEVELS, Encoder
+from tfmtseg.models.encoder import ISOTROPIC, Encoder
 from tfmtseg.models.methods import METHODS
+from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.regions import Regions
 
@@ -45,8 +47,15 @@ class Segmenter(keras.Model):
         predictor_blocks: Residual blocks of the contrastive branch's predictor.
         branch_weight: Factor of the branch's loss. Defaults to 0.1 for the repaired
             and 0.001 for the paper's contrastive form.
-        seed: Seed of dropout and sampling. Both depend on it and on the number of
-            updates made, and on nothing else.
+        teacher_momentum: Momentum of the teacher's weights, see `Teacher`.
+        teacher_start: Updates before the teacher labels patches, at least one; until
+            then, labelled patches are mixed with each other. `tfmtseg-train` takes a
+            third of all updates.
+        pseudo_label_weight: Factor of the loss where the label is the teacher's.
+        pretraining: Whether encoder and branch learn alone, from all volumes and
+            without labels; decoder and head stay as they are.
+        seed: Seed of dropout, sampling and mixing. They depend on it and on the number
+            of updates made, and on nothing else.
         **kwargs: As for every Keras model.
 
     Call arguments:
@@ -66,7 +75,8 @@ class Segmenter(keras.Model):
     ```
 
     Raises:
-        ValueError: If the method is unknown.
+        ValueError: If the method is unknown, cannot pretrain, or `teacher_start` is
+            below 1.
 
     Reference:
         Iwasawa, Hirano and Sugawara, 2020,
@@ -84,6 +94,10 @@ class Segmenter(keras.Model):
         contrastive_form: str = "repaired",
         predictor_blocks: int = 8,
         branch_weight: float | None = None,
+        teacher_momentum: float = 0.99,
+        teacher_start: int = 1,
+        pseudo_label_weight: float = 0.5,
+        pretraining: bool = False,
         seed: int = 0,
         **kwargs: Any,
     ):
@@ -92,6 +106,16 @@ class Segmenter(keras.Model):
             raise ValueError(
                 f"method: value is {method!r}, must be one of {', '.join(METHODS)}. "
                 "Fix: change --method."
+            )
+        if pretraining and not METHODS[method].can_pretrain:
+            able = ", ".join(name for name, values in METHODS.items() if values.can_pretrain)
+            raise ValueError(
+                f"method: value is {method!r}, must be one of {able} for pretraining. "
+                "Fix: change --method."
+            )
+        if teacher_start < 1:
+            raise ValueError(
+                f"teacher_start: value is {teacher_start}, must be 1 or more. Fix: choose 1."
             )
         if isinstance(regions, int):
             regions = Regions.exclusive([str(i + 1) for i in range(regions)])
@@ -114,15 +138,27 @@ class Segmenter(keras.Model):
                 width * 8, cube_size, contrastive_form, predictor_blocks, name="contrastive_branch"
             )
         self.branch_weight = branch_weight
+        self.pretraining = pretraining
+        self.teacher_start = teacher_start
+        self.pseudo_label_weight = pseudo_label_weight
+        # Last, so that encoder, decoder and head draw the same weights under all methods.
+        self.teacher: Teacher | None = None
+        if METHODS[method].copy_paste and not pretraining:
+            self.teacher = Teacher(
+                self.encoder, self.decoder, self.head, teacher_momentum, name="teacher"
+            )
         self.segmentation_loss = SegmentationLoss(regions)
-        shown = ["loss", "seg_loss"]
+        shown = ["loss"] if pretraining else ["loss", "seg_loss"]
+        if self.teacher is not None:
+            shown.append("mix_loss")
         if self.branch is not None:
             if branch_weight is None:
                 self.branch_weight = self.branch.default_weight
             shown += [f"{self.branch.prefix}_{name}" for name in self.branch.shown]
         for name in shown:  # as attributes, so that both Kerases find and reset them
             setattr(self, f"{name}_tracker", keras.metrics.Mean(name))
-        self.dice = DiceScore(regions)
+        if not pretraining:
+            self.dice = DiceScore(regions)
         self._arguments = {
             "method": method,
             "width": width,
@@ -131,26 +167,33 @@ class Segmenter(keras.Model):
             "contrastive_form": contrastive_form,
             "predictor_blocks": predictor_blocks,
             "branch_weight": branch_weight,
+            "teacher_momentum": teacher_momentum,
+            "teacher_start": teacher_start,
+            "pseudo_label_weight": pseudo_label_weight,
+            "pretraining": pretraining,
             "seed": seed,
         }
 
     def build(self, input_shape: Any) -> None:
-        """Makes all weights, the branch's included.
+        """Makes all weights, those of branch and teacher included.
 
         Args:
             input_shape: `(batch, x, y, z, modalities)`. The last must be known, and with
                 a variational branch the size, which is that of all later training patches.
         """
         shape = (None, None, None, None, input_shape[-1])
-        width = self.encoder.width
         self.encoder.build(shape)
-        self.decoder.build({name: (*shape[:-1], width * 2**i) for i, name in enumerate(LEVELS)})
-        channels = width
+        self.decoder.build(self.encoder.level_shapes(shape))
+        channels = self.encoder.width
         if self.branch is not None:
             channels += self.branch.feature_channels
         self.head.build((*shape[:-1], channels))
+        if self.pretraining:
+            self.decoder.trainable = self.head.trainable = False
         if self.branch is not None:
             self.branch.build(input_shape)
+        if self.teacher is not None:
+            self.teacher.build(shape)
         self.built = True
 
     def compile(self, optimizer: Any = "adam", loss: Any = None, **kwargs: Any) -> None:
@@ -195,10 +238,14 @@ class Segmenter(keras.Model):
             features = tf.concat([features, branch_features], -1)
         return self.head(features)
 
+    def _updates_made(self) -> tf.Tensor | int:
+        """Updates made so far."""
+        optimizer = getattr(self, "optimizer", None)
+        return 0 if optimizer is None else compat.iterations(optimizer)
+
     def _seed(self, purpose: int) -> tf.Tensor:
         """A seed of its own for each purpose, replica and update, `int32`, `(2,)`."""
-        optimizer = getattr(self, "optimizer", None)
-        step = 0 if optimizer is None else compat.iterations(optimizer)
+        step = self._updates_made()
         replica = tf.distribute.get_replica_context()
         number = 0 if replica is None else replica.replica_id_in_sync_group
         seed = tf.random.experimental.stateless_fold_in(tf.stack([self.seed, purpose]), step)
@@ -211,6 +258,7 @@ class Segmenter(keras.Model):
 
         Each part of the model sees the volumes it learns from: the decoder those with
         a label, the branch those without (all of them, where every volume has one).
+        Mixed volumes need both.
 
         Returns:
             The loss to minimise, what the trackers show, and what the metrics need.
@@ -218,31 +266,42 @@ class Segmenter(keras.Model):
         images, labels, labeled = _unpack(data)
         if not self.built:  # `fit` on a new model comes here before any call
             self.build(images.shape)
-        seeds = [self._seed(i) if training else None for i in range(3)]
+        if self.pretraining:
+            labeled = tf.zeros_like(labeled)
+        seeds = [self._seed(i) if training else None for i in range(5)]
         # Convolutions refuse empty batches: without any label, all run with weight 0.
         segmented = labeled | ~tf.reduce_any(labeled)
         weights = tf.cast(tf.boolean_mask(labeled, segmented), tf.float32)
         annotated = tf.boolean_mask(images, segmented)
         labels = tf.boolean_mask(labels, segmented)
+        others = tf.boolean_mask(images, tf.reduce_all(labeled) | ~labeled)
+        levels = branch_levels = {}
         if self.branch is not None and self.branch.encodes_all:
             # One pass of the encoder for the branch and the decoder.
             branch_levels = self.encoder(images, seed=seeds[0])
             levels = {
                 name: tf.boolean_mask(level, segmented) for name, level in branch_levels.items()
             }
-        else:
+        elif not self.pretraining:
             levels = branch_levels = self.encoder(annotated, seed=seeds[0])
-        features = self._branch_features(levels)
-        logits = self._segment(levels, features)
-        values = self.segmentation_loss.call(labels, logits)
-        loss = seg_loss = tf.math.divide_no_nan(
-            tf.reduce_sum(values * weights), tf.reduce_sum(weights)
-        )
-        shown = {"seg_loss": seg_loss}
+        loss, shown, features = tf.zeros(()), {}, None
+        metrics: dict[str, Any] = dict.fromkeys(("x", "y", "y_pred", "sample_weight"))
+        if not self.pretraining:
+            features = self._branch_features(levels)
+            logits = self._segment(levels, features)
+            values = self.segmentation_loss.call(labels, logits)
+            loss = shown["seg_loss"] = _mean(values, weights)
+            metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
+        if self.teacher is not None:
+            taught = ~tf.reduce_all(labeled)
+            shown["mix_loss"] = self._mix_loss(
+                self.teacher, annotated, labels, weights, others, taught, seeds[3:]
+            )
+            loss += shown["mix_loss"]
         if self.branch is not None:
             batch = Batch(
                 images=images,
-                others=tf.boolean_mask(images, tf.reduce_all(labeled) | ~labeled),
+                others=others,
                 labels=labels,
                 weights=weights,
                 levels=branch_levels,
@@ -255,15 +314,61 @@ class Segmenter(keras.Model):
                 shown[f"{prefix}_{name}"] = tf.reduce_mean(value)
             loss += self.branch_weight * shown[f"{prefix}_loss"]
         shown["loss"] = loss
-        metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
         return loss, shown, metrics
+
+    def _mix_loss(
+        self,
+        teacher: Teacher,
+        annotated: tf.Tensor,
+        labels: tf.Tensor,
+        weights: tf.Tensor,
+        others: tf.Tensor,
+        taught: tf.Tensor,
+        seeds: Sequence[tf.Tensor | None],
+    ) -> tf.Tensor:
+        """Loss of labelled volumes mixed with others.
+
+        Args:
+            teacher: Labels `others`.
+            annotated: Images with a label; they take turns as the first partner.
+            labels: Their label maps.
+            weights: 1, or 0 for all: then the loss is 0.
+            others: Images without a label, each the second partner once.
+            taught: Whether the teacher may label `others`. Until `teacher_start` and
+                where there is nothing to label, the next of `annotated` comes instead,
+                with its own label.
+            seeds: For the masks, and for dropout; None outside training.
+        """
+        taught &= self._updates_made() >= self.teacher_start
+        available = tf.shape(annotated)[0]
+        first = tf.range(tf.shape(others)[0]) % available
+        second = (first + 1) % available
+        partners = tf.cond(
+            taught,
+            lambda: (others, label_map(teacher(others), self.regions)),
+            lambda: (tf.gather(annotated, second), tf.gather(labels, second)),
+        )
+        masks = box_masks(
+            tf.shape(others)[0],
+            tf.shape(others)[1:4],
+            tf.constant([0, 0]) if seeds[0] is None else seeds[0],
+        )
+        ours = tf.gather(annotated, first), tf.gather(labels, first)
+        images, labels = paste(masks, ours, partners)
+        logits = self._segment(self.encoder(images, seed=seeds[1]))
+        real = tf.cast(masks, tf.float32)
+        values = self.segmentation_loss.call(labels, logits, real)
+        pseudo_values = self.segmentation_loss.call(labels, logits, 1.0 - real)
+        values += tf.where(taught, self.pseudo_label_weight, 1.0) * pseudo_values
+        return _mean(values, tf.gather(weights, first))
 
     def _update_metrics(
         self, shown: Mapping[str, tf.Tensor], metrics: Mapping[str, Any]
     ) -> dict[str, Any]:
         for name, value in shown.items():
             getattr(self, f"{name}_tracker").update_state(value)
-        self.dice.update_state(metrics["y"], metrics["y_pred"], metrics["sample_weight"])
+        if not self.pretraining:
+            self.dice.update_state(metrics["y"], metrics["y_pred"], metrics["sample_weight"])
         return dict(self.compute_metrics(**metrics))
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -273,13 +378,23 @@ class Segmenter(keras.Model):
             loss = tf.debugging.check_numerics(loss, "the training loss")
             scaled = compat.scale_loss(self.optimizer, loss)
         variables = self.trainable_variables
+        updates = self._updates_made()
         compat.apply_gradients(self.optimizer, tape.gradient(scaled, variables), variables)
+        if self.teacher is not None:
+            student = [*self.encoder.weights, *self.decoder.weights, *self.head.weights]
+            self.teacher.follow(student, updates)
         return self._update_metrics(shown, metrics)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """The same losses and scores without dropout and without an update."""
         _, shown, metrics = self._forward(data, training=False)
         return self._update_metrics(shown, metrics)
+
+    @property
+    def state(self) -> list[Any]:
+        """All weights that an update changes: the trainable ones and the teacher's."""
+        teacher = [] if self.teacher is None else self.teacher.weights
+        return [*self.trainable_variables, *teacher]
 
     def count_parameters(self) -> dict[str, int]:
         """Trainable numbers of encoder, decoder (with the head) and branch."""
@@ -300,6 +415,11 @@ class Segmenter(keras.Model):
             "strides": [list(factors) for factors in self.encoder.strides],
             **self._arguments,
         }
+
+
+def _mean(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
+    """Weighted mean, 0 without any weight."""
+    return tf.math.divide_no_nan(tf.reduce_sum(values * weights), tf.reduce_sum(weights))
 
 
 def _unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:

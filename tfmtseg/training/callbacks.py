@@ -15,6 +15,7 @@ from tqdm import tqdm
 from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.files import write_text
+from tfmtseg.models.segmenter import Segmenter
 
 # Label colours of overlays; a region's colour is the same everywhere in a run.
 COLOURS = np.array(
@@ -101,16 +102,19 @@ class TensorBoard(keras.callbacks.Callback):
         directory: Folder of the event files.
         steps_per_epoch: Updates per point.
         example: `(images, labels)` whose first volume is drawn: image, truth and
-            prediction beside each other in the axial slice with most foreground.
+            prediction beside each other in the axial slice with most foreground. None
+            draws nothing.
     """
 
     def __init__(
-        self, directory: Path, steps_per_epoch: int, example: tuple[np.ndarray, np.ndarray]
+        self,
+        directory: Path,
+        steps_per_epoch: int,
+        example: tuple[np.ndarray, np.ndarray] | None = None,
     ):
         super().__init__()
         self.steps_per_epoch = steps_per_epoch
-        self.image = example[0][:1]
-        self.label_map = example[1][0]
+        self.example = example
         self.writers = {
             kind: tf.summary.create_file_writer(str(directory / kind))
             for kind in ("training", "held_out")
@@ -123,11 +127,12 @@ class TensorBoard(keras.callbacks.Callback):
             kind = "held_out" if name.startswith("val_") else "training"
             with self.writers[kind].as_default():
                 tf.summary.scalar(tag(name.removeprefix("val_")), float(value), step)
-        logits = self.model(self.image, training=False).numpy()[0]
-        predicted = self.model.regions.label_map(logits)
-        with self.writers["training"].as_default():
-            picture = overlay(self.image[0, ..., 0], self.label_map, predicted)
-            tf.summary.image("images/overlay", picture[None], step)
+        if self.example is not None:
+            image, truth = (part[:1] for part in self.example)
+            predicted = self.model.regions.label_map(self.model(image, training=False).numpy())
+            with self.writers["training"].as_default():
+                picture = overlay(image[0, ..., 0], truth[0], predicted[0])
+                tf.summary.image("images/overlay", picture[None], step)
         for writer in self.writers.values():
             writer.flush()
 
@@ -166,18 +171,18 @@ def overlay(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.n
 
 
 class Checkpoints(keras.callbacks.Callback):
-    """Saves weights and optimizer after each virtual epoch, and restores the last save.
+    """Saves weights, teacher and optimizer after each virtual epoch, and restores the last save.
 
     Args:
         model: A compiled model with built weights and optimizer.
         directory: Folder of the checkpoints; the last two are kept.
     """
 
-    def __init__(self, model: keras.Model, directory: Path):
+    def __init__(self, model: Segmenter, directory: Path):
         super().__init__()
         self.optimizer = model.optimizer
         self.state = tf.train.Checkpoint(
-            model=compat.tensorflow_variables(model.trainable_variables),
+            model=compat.tensorflow_variables(model.state),
             optimizer=compat.tensorflow_variables(model.optimizer.variables),
         )
         self.manager = tf.train.CheckpointManager(self.state, str(directory), max_to_keep=2)

@@ -34,6 +34,8 @@ class TrainConfig:
     unlabeled_dir: str = _setting("", "Folder of further images without labels.")
     model_dir: str = _setting("", "Folder of the run; made when missing, gone on with when not.")
     cache_dir: str = _setting("", "Folder of preprocessed volumes. Default: MODEL_DIR/cache.")
+    mode: str = _setting("train", "train, or pretrain: encoder and branch, without any label.")
+    init_checkpoint: str = _setting("", "Folder of a finished run whose weights to start from.")
     method: str = _setting("sscpcseg", f"One of {', '.join(METHODS)}.")
     seed: int = _setting(0, "Seed of weights, labelled cases, crops, augmentation and dropout.")
 
@@ -67,6 +69,12 @@ class TrainConfig:
     )
     predictor_blocks: int = _setting(8, "Residual blocks of the contrastive predictor.")
     branch_weight: float = _setting(-1.0, "Factor of the branch's loss; below 0: the default.")
+
+    teacher_momentum: float = _setting(0.99, "Momentum of the weights of copy-paste's teacher.")
+    teacher_start: float = _setting(
+        0.33, "Fraction of the updates until the teacher labels patches to be mixed."
+    )
+    pseudo_label_weight: float = _setting(0.5, "Factor of the loss on the teacher's labels.")
 
     crop: Factors = _setting(UNKNOWN, "Patch size in voxels, such as 96,96,96; 0 chooses one.")
     labeled_per_step: int = _setting(2, "Labelled patches in each step.")
@@ -134,10 +142,28 @@ class TrainConfig:
             "labeled_per_step": 1, "unlabeled_per_step": 0, "train_steps": 1,
             "steps_per_epoch": 1, "warmup_steps": 0, "width": 8, "predictor_blocks": 1,
         }  # fmt: skip
+        pretrain = self.mode == "pretrain"
+        able = [name for name, method in METHODS.items() if method.can_pretrain]
         rules = [
             ("data_dir", bool(self.data_dir), "a folder", "name the folder of your data"),
             ("model_dir", bool(self.model_dir), "a folder", "name a folder for the run"),
             ("method", self.method in METHODS, f"one of {', '.join(METHODS)}", "choose one"),
+            ("mode", self.mode in ("train", "pretrain"), "train or pretrain", "choose one"),
+            (
+                "method",
+                not pretrain or self.method in able,
+                f"one of {', '.join(able)} with --mode=pretrain",
+                "choose one",
+            ),
+            (
+                "unlabeled_per_step",
+                not pretrain or self.unlabeled_per_step > 0,
+                "1 or more with --mode=pretrain",
+                "choose 4",
+            ),
+            ("teacher_momentum", 0 <= self.teacher_momentum < 1, "in [0, 1)", "choose 0.99"),
+            ("teacher_start", 0 <= self.teacher_start <= 1, "in [0, 1]", "choose 0.33"),
+            ("pseudo_label_weight", self.pseudo_label_weight >= 0, "0 or more", "choose 0.5"),
             ("width", self.width % 8 == 0, "a multiple of 8", "choose 8, 16, 32, ..."),
             ("overlap", 0 <= self.overlap < 1, "in [0, 1)", "choose 0.5"),
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)", "choose 0.2"),
@@ -202,7 +228,8 @@ class TrainConfig:
     @property
     def uses_unlabelled(self) -> bool:
         """Whether unlabelled patches take part."""
-        return METHODS[self.method].uses_unlabelled and self.unlabeled_per_step > 0
+        uses = METHODS[self.method].uses_unlabelled or self.mode == "pretrain"
+        return uses and self.unlabeled_per_step > 0
 
     def to_yaml(self) -> str:
         """All settings as YAML, in the order of this class."""

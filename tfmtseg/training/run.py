@@ -43,6 +43,7 @@ from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops.info_nce import choose
 from tfmtseg.regions import Regions
 from tfmtseg.training.callbacks import Checkpoints, History, Progress, TensorBoard
+from tfmtseg.training.checkpoint import initialize, load_model, write_model, write_weights
 from tfmtseg.training.config import TrainConfig, read_settings
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
 from tfmtseg.training.sizes import MAX_CROP, choose_crop, choose_cube, choose_strides
@@ -84,24 +85,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
         return json.loads(result_file.read_text(encoding="utf-8"))
 
     model = make_model(config, regions)
-    model.build((None, *config.crop, len(labelled[0].scale)))
+    model.build((None, *config.crop, len(folder.modalities)))
+    initialized: list[str] = []
+    if config.init_checkpoint:
+        initialized = initialize(model, config.init_checkpoint, folder.modalities)
+        print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}")
     model.compile(make_optimizer(config))
     # Building the optimizer first spares a second tracing of the training step.
     model.optimizer.build(model.trainable_variables)
     checkpoints = Checkpoints(model, directory / "checkpoints")
     first_step = checkpoints.restore()
     splits.write(directory / "splits")
-    _write_model(directory, model, folder)
+    write_model(directory, model, folder.modalities)
     write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step)
 
     seconds = _fit(config, model, labelled, unlabelled, development, checkpoints, first_step)
-    _weights(model).write(str(directory / "weights" / "final"))
+    write_weights(directory, model)
+    num_labeled, num_unlabeled = len(splits.labeled), len(splits.unlabeled)
+    if config.mode == "pretrain":
+        num_labeled, num_unlabeled = 0, num_labeled + num_unlabeled
     contrastive = METHODS[config.method].branch == "contrastive"
     result = {
         "method": config.method,
-        "num_labeled": len(splits.labeled),
-        "num_unlabeled": len(splits.unlabeled) if config.uses_unlabelled else 0,
+        "mode": config.mode,
+        "init_checkpoint": config.init_checkpoint or None,
+        "initialized": initialized,
+        "num_labeled": num_labeled,
+        "num_unlabeled": num_unlabeled if config.uses_unlabelled else 0,
         "train_steps": config.train_steps,
         "seconds": round(seconds, 1),
         "parameters": model.count_parameters(),
@@ -174,9 +185,12 @@ def _records(
     """Cached labelled, unlabelled and development cases.
 
     Unlabelled patches come from all training cases, the labelled ones included; these
-    appear there without their label.
+    appear there without their label. Pretraining has no labelled cases, and none of its
+    development cases has a label.
     """
     cases = {case.name: case for case in (*folder.cases, *further)}
+    if config.mode == "pretrain":
+        cases = {name: case.without_label() for name, case in cases.items()}
     wanted = [cases[name] for name in (*splits.labeled, *splits.development)]
     if config.uses_unlabelled:
         wanted += [cases[name].without_label() for name in splits.unlabeled]
@@ -191,6 +205,8 @@ def _records(
     unlabelled = records[len(labelled) + len(development) :]
     if config.uses_unlabelled:
         unlabelled += [dataclasses.replace(record, labelled=False) for record in labelled]
+    if config.mode == "pretrain":
+        labelled = []
     return labelled, unlabelled, development
 
 
@@ -251,18 +267,12 @@ def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
         contrastive_form=config.contrastive_form,
         predictor_blocks=config.predictor_blocks,
         branch_weight=None if config.branch_weight < 0 else config.branch_weight,
+        teacher_momentum=config.teacher_momentum,
+        teacher_start=max(1, round(config.teacher_start * config.train_steps)),
+        pseudo_label_weight=config.pseudo_label_weight,
+        pretraining=config.mode == "pretrain",
         seed=config.seed,
     )
-
-
-def _weights(model: Segmenter) -> tf.train.Checkpoint:
-    """The weights alone, in the model's order."""
-    return tf.train.Checkpoint(model=compat.tensorflow_variables(model.trainable_variables))
-
-
-def _write_model(directory: Path, model: Segmenter, folder: DataFolder) -> None:
-    content = {"arguments": model.get_config(), "modalities": list(folder.modalities)}
-    write_json(directory / "model.json", content)
 
 
 def _print_plan(config: TrainConfig, splits: Splits, model: Segmenter, first_step: int) -> None:
@@ -270,14 +280,16 @@ def _print_plan(config: TrainConfig, splits: Splits, model: Segmenter, first_ste
         f"{len(getattr(splits, field.name))} {field.name}" for field in dataclasses.fields(splits)
     )
     print(f"Cases: {counts}")
-    per_step = f"{config.labeled_per_step} labelled"
+    kinds = []
+    if config.mode == "train":
+        kinds.append(f"{config.labeled_per_step} labelled")
     if config.uses_unlabelled:
-        per_step += f" + {config.unlabeled_per_step} unlabelled"
+        kinds.append(f"{config.unlabeled_per_step} unlabelled")
     crop = " x ".join(map(str, config.crop))
     parameters = sum(model.count_parameters().values()) / 1e6
     print(
-        f"Training {config.method}, {parameters:.2f} million parameters, "
-        f"{config.train_steps} steps of {per_step} patches of {crop} voxels"
+        f"{config.mode.capitalize()}ing {config.method}, {parameters:.2f} million parameters, "
+        f"{config.train_steps} steps of {' + '.join(kinds)} patches of {crop} voxels"
     )
     if first_step:
         print(f"Going on after step {first_step}")
@@ -296,12 +308,13 @@ def _fit(
 ) -> float:
     """Runs `fit` from `first_step` on; returns the seconds it took."""
     directory = Path(config.model_dir)
+    pretrain = config.mode == "pretrain"
     held_out = None
     if development:
         held_out = held_out_batches(
             development,
             config.crop,
-            per_batch=config.labeled_per_step,
+            per_batch=config.unlabeled_per_step if pretrain else config.labeled_per_step,
             foreground_probability=config.foreground_probability,
             seed=config.split_seed,
         )
@@ -309,15 +322,18 @@ def _fit(
         labelled,
         unlabelled,
         config.crop,
-        labeled_per_step=config.labeled_per_step,
+        labeled_per_step=0 if pretrain else config.labeled_per_step,
         unlabeled_per_step=config.unlabeled_per_step if config.uses_unlabelled else 0,
         steps=(first_step, config.train_steps),
         augmentation=config.augmentation,
         foreground_probability=config.foreground_probability,
         seed=config.seed,
     )
-    drawn = batches if held_out is None else held_out
-    images, labels, _ = (part.numpy() for part in next(iter(drawn)))
+    example = None
+    if not pretrain:
+        drawn = batches if held_out is None else held_out
+        images, labels, _ = (part.numpy() for part in next(iter(drawn)))
+        example = images, labels
     start = time.perf_counter()
     model.fit(
         batches,
@@ -329,7 +345,7 @@ def _fit(
         verbose=0,
         callbacks=[
             Progress(config.train_steps, first_step),
-            TensorBoard(directory / "tensorboard", config.steps_per_epoch, (images, labels)),
+            TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
             History(directory / "history.csv", config.steps_per_epoch, make_schedule(config)),
             checkpoints,
         ],
@@ -387,21 +403,16 @@ def load_run(model_dir: str | os.PathLike[str]) -> Run:
     """Reads a finished run from its folder.
 
     Raises:
-        InputError: If the folder holds no run, or one that is not finished.
+        InputError: If the folder holds no run, one that is not finished, or a
+            pretraining, which segments nothing.
     """
     directory = Path(model_dir)
-    if not (directory / "result.json").exists():
-        unfinished = (directory / "config.yaml").exists()
+    model, modalities = load_model(directory)
+    if model.pretraining:
         raise InputError(
-            directory, "training run", "not finished" if unfinished else "missing",
-            "a folder with result.json",
-            "repeat its training command" if unfinished else "correct --model_dir",
+            directory, "training run", "a pretraining", "a run of --mode=train",
+            f"train with --init_checkpoint={directory}",
         )  # fmt: skip
     path = directory / "config.yaml"
     config = TrainConfig.from_mapping(read_settings(path), str(path))
-    content = json.loads((directory / "model.json").read_text(encoding="utf-8"))
-    model = Segmenter.from_config(content["arguments"])
-    model.build((None, *config.crop, len(content["modalities"])))
-    _weights(model).read(str(directory / "weights" / "final")).assert_consumed()
-    splits = Splits.read(directory / "splits")
-    return Run(directory, config, tuple(content["modalities"]), splits, model)
+    return Run(directory, config, modalities, Splits.read(directory / "splits"), model)

@@ -1,0 +1,170 @@
+"""Copy-paste inside the model: what is mixed with what, who learns, and from what."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg import Segmenter, compat
+from tfmtseg.compat import keras
+from tfmtseg.losses.segmentation import SegmentationLoss
+from tfmtseg.models.copy_paste import box_masks
+
+CROP = (8, 8, 16)
+START = 3
+
+
+def batch(labeled: list[int], seed: int = 0) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    random = np.random.default_rng(seed)
+    labels = random.integers(3, size=(len(labeled), *CROP))
+    images = labels[..., None] + random.normal(size=(*labels.shape, 1))
+    return (
+        tf.constant(images, tf.float32),
+        tf.constant(labels, tf.uint8),
+        tf.constant(labeled, tf.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def built() -> tuple[Segmenter, list[np.ndarray]]:
+    keras.utils.set_random_seed(3)
+    model = Segmenter(regions=2, method="bcp", width=8, dropout=0.0, teacher_start=START, seed=4)
+    model.build((None, *CROP, 1))
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    model.optimizer.build(model.trainable_variables)
+    return model, [np.asarray(weight) for weight in model.state]
+
+
+@pytest.fixture
+def model(built) -> Segmenter:
+    """With its first weights, and a teacher that differs from the student."""
+    model, start = built
+    for weight, value in zip(compat.tensorflow_variables(model.state), start, strict=True):
+        weight.assign(value)
+    model.optimizer.iterations.assign(START)
+    return model
+
+
+def values(weights) -> list[np.ndarray]:
+    return [np.asarray(weight) for weight in weights]
+
+
+def moved(before: list[np.ndarray], after: list[np.ndarray]) -> bool:
+    return any((a != b).any() for a, b in zip(before, after, strict=True))
+
+
+def losses(model: Segmenter, data) -> dict[str, float]:
+    shown = model._forward(data, training=True)[1]
+    return {name: float(value) for name, value in shown.items()}
+
+
+@pytest.mark.parametrize("labeled", [[1, 0], [1, 1, 0], [0, 1, 0, 0], [1, 1]], ids=str)
+@pytest.mark.parametrize("updates", [START - 1, START])
+def test_mixed_patches_by_hand(model, labeled, updates):
+    """Which patches meet, whose label counts how much, and the mean over mixed patches."""
+    model.optimizer.iterations.assign(updates)
+    data = batch(labeled)
+    images, labels = (part.numpy() for part in data[:2])
+    flags = np.array(labeled, bool)
+    annotated, truths = images[flags], labels[flags]
+    taught = updates >= START and not flags.all()
+    count = len(labeled) if flags.all() else labeled.count(0)
+    first = np.arange(count) % len(annotated)
+    if taught:
+        others = images[~flags]
+        other_labels = model.teacher(others).numpy().argmax(-1)
+    else:
+        second = (np.arange(count) + 1) % len(annotated)
+        others, other_labels = annotated[second], truths[second]
+    masks = box_masks(count, CROP, model._seed(3)).numpy()
+    mixed = np.where(masks[..., None], annotated[first], others)
+    targets = np.where(masks, truths[first], other_labels)
+    logits = model(mixed).numpy()
+    loss = SegmentationLoss(model.regions).call  # tested on its own
+    per_patch = loss(targets, logits, np.float32(masks)).numpy()
+    per_patch += (0.5 if taught else 1.0) * loss(targets, logits, np.float32(~masks)).numpy()
+
+    shown = losses(model, data)
+    # Float32 sums over 1,000 voxels.
+    assert shown["mix_loss"] == pytest.approx(per_patch.mean(), rel=1e-4)
+    assert shown["loss"] == pytest.approx(shown["seg_loss"] + shown["mix_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("updates", "matters"), [(START - 1, False), (START, True)])
+def test_unlabelled_patches_change_the_update_once_there_is_a_teacher(model, updates, matters):
+    start = values(model.state)
+    images, labels, labeled = batch([1, 1, 0])
+    other = batch([1, 1, 0], seed=1)[0]
+    results = []
+    for unlabelled in (images[2:], other[2:]):
+        for weight, value in zip(compat.tensorflow_variables(model.state), start, strict=True):
+            weight.assign(value)
+        model.optimizer.iterations.assign(updates)
+        model.train_step((tf.concat([images[:2], unlabelled], 0), labels, labeled))
+        results.append(np.concatenate([w.ravel() for w in values(model.trainable_variables)]))
+    # The same arithmetic where they do not matter; threads may sum in another order.
+    assert (np.abs(results[0] - results[1]).max() > 1e-4) == matters
+
+
+def test_labels_of_unlabelled_patches_are_ignored(model):
+    images, labels, labeled = batch([1, 0])
+    other_labels = tf.concat([labels[:1], 2 - labels[1:]], 0)
+    expected = losses(model, (images, labels, labeled))
+    assert losses(model, (images, other_labels, labeled)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_gradient_reaches_the_teacher(model):
+    teacher = compat.tensorflow_variables(model.teacher.weights)
+    student = compat.tensorflow_variables(model.trainable_variables)
+    assert not {id(weight) for weight in teacher} & {id(weight) for weight in student}
+    with tf.GradientTape() as tape:
+        tape.watch(teacher)
+        loss = model._forward(batch([1, 0]), training=True)[0]
+    gradients = tape.gradient(loss, [*teacher, *student])
+    assert all(gradient is None for gradient in gradients[: len(teacher)])
+    assert all(gradient is not None for gradient in gradients[len(teacher) :])
+
+
+def test_the_teacher_follows_each_update(model):
+    old = values(model.teacher.weights)
+    model.train_step(batch([1, 0]))
+    student = [*model.encoder.weights, *model.decoder.weights, *model.head.weights]
+    # Three updates before this one: a momentum of 1 - 1/4.
+    for ours, before, target in zip(
+        values(model.teacher.weights), old, values(student), strict=True
+    ):
+        np.testing.assert_allclose(ours, 0.75 * before + 0.25 * target, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_without_labels_moves_nothing(model):
+    before = values(model.trainable_variables)
+    assert losses(model, batch([0, 0]))["loss"] == 0
+    model.train_step(batch([0, 0]))
+    assert not moved(before, values(model.trainable_variables))
+
+
+def test_evaluation_draws_the_same_masks_each_time(model):
+    def evaluate() -> float:
+        for metric in model.metrics:
+            metric.reset_state()
+        return float(model.test_step(batch([1, 1]))["mix_loss"])
+
+    first = evaluate()
+    model.optimizer.iterations.assign(START + 5)
+    assert evaluate() == pytest.approx(first, rel=1e-6)
+
+
+def test_the_first_update_has_no_teacher():
+    with pytest.raises(ValueError, match="teacher_start: value is 0, must be 1 or more"):
+        Segmenter(regions=1, method="bcp", teacher_start=0)
+
+
+def test_encoder_and_decoder_start_as_without_a_teacher():
+    weights = []
+    for method in ("encdec", "bcp"):
+        keras.utils.set_random_seed(7)
+        model = Segmenter(regions=1, method=method, width=8)
+        model.build((None, *CROP, 1))
+        weights.append(values(model.trainable_variables))
+    assert not moved(*weights)

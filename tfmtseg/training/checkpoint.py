@@ -1,0 +1,112 @@
+"""The model of a run in its folder: what it is, and its final weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tensorflow as tf
+
+from tfmtseg import compat
+from tfmtseg.errors import InputError
+from tfmtseg.files import write_json
+from tfmtseg.models.segmenter import Segmenter
+
+
+def write_model(directory: Path, model: Segmenter, modalities: Sequence[str]) -> None:
+    """Writes `model.json`: arguments of the model, names of its input channels."""
+    content = {"arguments": model.get_config(), "modalities": list(modalities)}
+    write_json(directory / "model.json", content)
+
+
+def write_weights(directory: Path, model: Segmenter) -> None:
+    """Writes the trainable weights to `weights/final`."""
+    _weights(model).write(str(directory / "weights" / "final"))
+
+
+def load_model(
+    directory: str | os.PathLike[str], flag: str = "--model_dir"
+) -> tuple[Segmenter, tuple[str, ...]]:
+    """Reads the model of a finished run.
+
+    Args:
+        directory: Folder of the run.
+        flag: Who named the folder, for messages.
+
+    Returns:
+        The model with its final weights, and the names of its input channels.
+
+    Raises:
+        InputError: If the folder holds no run, one that is not finished, or files that
+            are not those of a run.
+    """
+    directory = Path(directory)
+    if not (directory / "result.json").exists():
+        unfinished = (directory / "config.yaml").exists()
+        raise InputError(
+            directory, "training run", "not finished" if unfinished else "missing",
+            "a folder with result.json",
+            "repeat its training command" if unfinished else f"correct {flag}",
+        )  # fmt: skip
+    try:
+        content = json.loads((directory / "model.json").read_text(encoding="utf-8"))
+        modalities = tuple(content["modalities"])
+        model = Segmenter.from_config(content["arguments"])
+        model.build((None, None, None, None, len(modalities)))
+        _weights(model).read(str(directory / "weights" / "final")).assert_consumed()
+    except (OSError, KeyError, TypeError, ValueError, AssertionError, tf.errors.OpError) as error:
+        raise InputError(
+            directory, "model", f"unreadable ({type(error).__name__})",
+            "model.json and weights/ as tfmtseg-train wrote them",
+            f"correct {flag}, or repeat the training in a new folder",
+        ) from None  # fmt: skip
+    return model, modalities
+
+
+def initialize(
+    model: Segmenter, directory: str | os.PathLike[str], modalities: Sequence[str]
+) -> list[str]:
+    """Gives a model the final weights of an earlier run, as far as they fit.
+
+    The encoder's always; the decoder's unless the run was a pretraining; the head's if
+    moreover the regions are the same; the branch's if it is the same branch. The rest
+    keeps its initial values, and so does the optimizer.
+
+    Args:
+        model: A built model.
+        directory: Folder of the finished run.
+        modalities: Names of the model's input channels.
+
+    Returns:
+        Names of the parts that took the run's weights.
+
+    Raises:
+        InputError: If the folder cannot be used, or the run's encoder is another one.
+    """
+    source, source_modalities = load_model(directory, "--init_checkpoint")
+    ours, theirs = model.encoder, source.encoder
+    for field, value, rule, fix in (
+        ("modalities", source_modalities, tuple(modalities), "name a run on the same modalities"),
+        ("width", theirs.width, ours.width, f"repeat one of both with --width={theirs.width}"),
+        ("strides", theirs.strides, ours.strides, "train both with the same strides"),
+    ):
+        if value != rule:
+            raise InputError(directory, field, value, f"{rule}, as in the run to be started", fix)
+    parts = ["encoder"]
+    if not source.pretraining:
+        parts.append("decoder")
+        if source.regions == model.regions:
+            parts.append("head")
+    branches = [part.branch and part.branch.get_config() for part in (source, model)]
+    if branches[0] is not None and branches[0] == branches[1]:
+        parts.append("branch")
+    for part in parts:
+        getattr(model, part).set_weights(getattr(source, part).get_weights())
+    return parts
+
+
+def _weights(model: Segmenter) -> tf.train.Checkpoint:
+    """The trainable weights alone, in the model's order."""
+    return tf.train.Checkpoint(model=compat.tensorflow_variables(model.trainable_variables))
