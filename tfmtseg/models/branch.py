@@ -24,6 +24,7 @@ class Batch:
             else of the volumes that are segmented.
         features: What the branch's own `features` gave for the latter, or None.
         encode: The encoder, for further images, with dropout as the training asks for.
+        decode: The decoder: maps the encoder's levels to features of every voxel.
         seed: Two `int32`, or None outside training.
     """
 
@@ -34,6 +35,7 @@ class Batch:
     levels: Mapping[str, tf.Tensor]
     features: tf.Tensor | None
     encode: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
+    decode: Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
     seed: tf.Tensor | None
 
 
@@ -47,6 +49,7 @@ class Branch(keras.layers.Layer):
         prefix: Begins the names of all that is shown, such as `cpc` in `cpc_loss`.
         shown: What `learn` returns: `loss`, to be minimised, and what explains it.
         encodes_all: Whether it needs the levels of every volume, labelled or not.
+        decodes: Whether it teaches the decoder too.
         feature_channels: Channels of `features`; 0 for none.
         default_weight: Factor of the loss, where none is given.
     """
@@ -54,6 +57,7 @@ class Branch(keras.layers.Layer):
     prefix: str
     shown: tuple[str, ...] = ("loss",)
     encodes_all = False
+    decodes = False
     feature_channels = 0
     default_weight: float
 

@@ -67,6 +67,17 @@ class _TemperatureRange(keras.constraints.Constraint):
         return tf.clip_by_value(tf.convert_to_tensor(w), math.log(MIN_TEMPERATURE), 0.0)
 
 
+def temperature_weight(layer: Any) -> Any:
+    """The logarithm of a learned temperature, which begins at 0.1, as a weight of `layer`."""
+    return compat.float32_weight(
+        layer,
+        name="log_temperature",
+        shape=(),
+        initializer=keras.initializers.Constant(math.log(0.1)),
+        constraint=_TemperatureRange(),
+    )
+
+
 @compat.register
 class ContrastiveBranch(Branch):
     """Predicts the codes of one half of the volume from the other half (CPC).
@@ -148,13 +159,7 @@ class ContrastiveBranch(Branch):
                 shape=(6, self.channels),
                 initializer=keras.initializers.RandomNormal(stddev=0.5),
             )
-            self.log_temperature = compat.float32_weight(
-                self,
-                name="log_temperature",
-                shape=(),
-                initializer=keras.initializers.Constant(math.log(0.1)),
-                constraint=_TemperatureRange(),
-            )
+            self.log_temperature = temperature_weight(self)
         self.built = True
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:

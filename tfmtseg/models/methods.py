@@ -36,3 +36,7 @@ METHODS: dict[str, Method] = {
     "bcp": Method(branch=None, uses_unlabelled=True, copy_paste=True),
     "bcpcpcseg": Method(branch="contrastive", uses_unlabelled=True, copy_paste=True),
 }
+
+# "dense" and "dense_across" are forms of `DenseContrastiveBranch`, the others of
+# `ContrastiveBranch`.
+CONTRASTIVE_FORMS = ("repaired", "paper", "dense", "dense_across")

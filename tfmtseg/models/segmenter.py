@@ -18,8 +18,9 @@ from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch
 from tfmtseg.models.copy_paste import box_masks, label_map, paste
 from tfmtseg.models.decoder import Decoder
+from tfmtseg.models.dense_branch import DenseContrastiveBranch
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
-from tfmtseg.models.methods import METHODS
+from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.regions import Regions
@@ -43,7 +44,9 @@ class Segmenter(keras.Model):
         dropout: Fraction of values dropped after the first convolution.
         strides: Strides of levels 1 to 3 along x, y and z.
         cube_size: Edges of the contrastive branch's cubes, one number or three, in voxels.
-        contrastive_form: `"repaired"` or `"paper"`, see `ContrastiveBranch`.
+        contrastive_form: `"repaired"` or `"paper"`, see `ContrastiveBranch`; `"dense"`,
+            or `"dense_across"` with positives across aligned cases, see
+            `DenseContrastiveBranch`.
         predictor_blocks: Residual blocks of the contrastive branch's predictor.
         branch_weight: Factor of the branch's loss. Defaults to 0.1 for the repaired
             and 0.001 for the paper's contrastive form.
@@ -53,7 +56,8 @@ class Segmenter(keras.Model):
             third of all updates.
         pseudo_label_weight: Factor of the loss where the label is the teacher's.
         pretraining: Whether encoder and branch learn alone, from all volumes and
-            without labels; decoder and head stay as they are.
+            without labels; the head stays as it is, and the decoder too, unless the
+            contrast is dense.
         seed: Seed of dropout, sampling and mixing. They depend on it and on the number
             of updates made, and on nothing else.
         **kwargs: As for every Keras model.
@@ -107,6 +111,11 @@ class Segmenter(keras.Model):
                 f"method: value is {method!r}, must be one of {', '.join(METHODS)}. "
                 "Fix: change --method."
             )
+        if contrastive_form not in CONTRASTIVE_FORMS:
+            raise ValueError(
+                f"contrastive_form: value is {contrastive_form!r}, must be one of "
+                f"{', '.join(CONTRASTIVE_FORMS)}. Fix: change --contrastive_form."
+            )
         if pretraining and not METHODS[method].can_pretrain:
             able = ", ".join(name for name, values in METHODS.items() if values.can_pretrain)
             raise ValueError(
@@ -133,6 +142,9 @@ class Segmenter(keras.Model):
             self.branch = VAEBranch(width, strides, name="vae_branch")
         elif kind == "boundary":
             self.branch = BoundaryBranch(width, regions, strides, name="boundary_branch")
+        elif kind == "contrastive" and contrastive_form.startswith("dense"):
+            across = contrastive_form == "dense_across"
+            self.branch = DenseContrastiveBranch(width, strides, across, name="dense_branch")
         elif kind == "contrastive":
             self.branch = ContrastiveBranch(
                 width * 8, cube_size, contrastive_form, predictor_blocks, name="contrastive_branch"
@@ -189,7 +201,8 @@ class Segmenter(keras.Model):
             channels += self.branch.feature_channels
         self.head.build((*shape[:-1], channels))
         if self.pretraining:
-            self.decoder.trainable = self.head.trainable = False
+            self.decoder.trainable = self.branch is not None and self.branch.decodes
+            self.head.trainable = False
         if self.branch is not None:
             self.branch.build(input_shape)
         if self.teacher is not None:
@@ -213,7 +226,7 @@ class Segmenter(keras.Model):
                 f"loss: value is {loss!r}, must be None. Fix: leave it out, "
                 "Segmenter carries the losses of its method."
             )
-        contrastive = isinstance(self.branch, ContrastiveBranch)
+        contrastive = METHODS[self.method].branch == "contrastive"
         if contrastive and kwargs.get("jit_compile") is True:
             raise ValueError(
                 f"jit_compile: value is {kwargs['jit_compile']!r}, must be False with a "
@@ -307,6 +320,7 @@ class Segmenter(keras.Model):
                 levels=branch_levels,
                 features=features,
                 encode=lambda further: self.encoder(further, seed=seeds[1]),
+                decode=self.decoder,
                 seed=seeds[2],
             )
             prefix = self.branch.prefix

@@ -16,7 +16,7 @@ from tfmtseg.data.augment import Augmentation
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.contrastive_branch import grid_shape
-from tfmtseg.models.methods import METHODS
+from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.training.sizes import Strides, total_strides
 
 UNKNOWN = (0, 0, 0)
@@ -63,7 +63,9 @@ class TrainConfig:
         "By level, such as 2x2x1,2x2x1,2x2x2; 0x0x0 at all chooses from the voxel size.",
     )
     dropout: float = _setting(0.2, "Fraction of values dropped after the first convolution.")
-    contrastive_form: str = _setting("repaired", "repaired, or paper: the published form.")
+    contrastive_form: str = _setting(
+        "repaired", "repaired; paper: the published form; dense or dense_across: between voxels."
+    )
     cube_size: Factors = _setting(
         UNKNOWN, "Edges of the contrastive cubes in voxels, one or three; 0 chooses one."
     )
@@ -173,8 +175,8 @@ class TrainConfig:
             ("gamma", self.gamma >= 1, "1 or more", "choose 1.5"),
             (
                 "contrastive_form",
-                self.contrastive_form in ("repaired", "paper"),
-                "repaired or paper",
+                self.contrastive_form in CONTRASTIVE_FORMS,
+                f"one of {', '.join(CONTRASTIVE_FORMS)}",
                 "choose one",
             ),
             (

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg.models import dense_branch
+from tfmtseg.models.dense_branch import DenseContrastiveBranch, change_intensities, view_shape
+
+THICK = ((2, 2, 1), (2, 2, 1), (2, 2, 2))  # 8, 8 and 2 in all
+CROP = (32, 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("crop", "strides", "expected"),
+    [
+        # 3/4 of 32 is 24, of 48 it is 36, which rounds up to 40, a multiple of 8.
+        ((32, 48, 32), ((2, 2, 2),) * 3, (24, 40, 24)),
+        ((96, 96, 8), THICK, (72, 72, 6)),
+        ((8, 16, 24), ((2, 2, 2),) * 3, (8, 16, 24)),  # no room
+    ],
+)
+def test_views_fit_the_strides(crop, strides, expected):
+    assert view_shape(crop, strides) == expected
+
+
+def test_intensities():
+    images = tf.random.stateless_normal((40, 8, 8, 8, 2), [0, 1])
+    changed = change_intensities(images, tf.constant([3, 4]))
+    noise = changed - images
+    # Gain and shift are fitted for each volume and modality; noise is what is left.
+    x, y = (np.reshape(np.moveaxis(v, -1, 1), (80, -1)) for v in (images, changed))
+    gains, shifts = np.transpose([np.polyfit(a, b, 1) for a, b in zip(x, y, strict=True)])
+    # Off by the error of a fit to 512 voxels with noise of 0.1.
+    assert 0.78 < gains.min() < 0.85 and 1.15 < gains.max() < 1.22
+    assert -0.22 < shifts.min() < -0.15 and 0.15 < shifts.max() < 0.22
+    left = y - gains[:, None] * x - shifts[:, None]
+    assert left.std() == pytest.approx(0.1, rel=0.02)
+    assert np.abs(noise).max() > 0
+    np.testing.assert_array_equal(changed, change_intensities(images, tf.constant([3, 4])))
+
+
+def make(**kwargs) -> DenseContrastiveBranch:
+    branch = DenseContrastiveBranch(3, THICK, **kwargs)
+    branch.build((None, *CROP, 1))
+    return branch
+
+
+def coordinates(cases: int) -> np.ndarray:
+    """Volumes whose voxels hold their place."""
+    grid = np.stack(np.meshgrid(*map(np.arange, CROP), indexing="ij"), -1)
+    return np.repeat(grid[None].astype(np.float32), cases, 0)
+
+
+def rows_of(branch, images, seed, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
+    """The features that are compared, without changes of intensity and projection."""
+    seen = []
+    monkeypatch.setattr(dense_branch, "change_intensities", lambda images, seed: images)
+    monkeypatch.setattr(branch, "_project", lambda x: tf.reshape(x, (-1, 3)))
+    monkeypatch.setattr(
+        branch, "_compare", lambda q, k, cases: seen.append((q.numpy(), k.numpy())) or {}
+    )
+    views = []
+    branch(tf.constant(images), describe=lambda x: views.append(x) or x, seed=tf.constant(seed))
+    assert all(view.shape[1:4] == view_shape(CROP, THICK) for view in views)
+    return *seen[0], [view.numpy()[0, 0, 0, 0] for view in views]
+
+
+def test_queries_and_keys_are_the_same_places(monkeypatch):
+    differences = []
+    for seed in range(12):
+        queries, keys, (one, other) = rows_of(make(), coordinates(2), [seed, 5], monkeypatch)
+        np.testing.assert_array_equal(queries, keys)
+        first, second = np.split(queries, 2)
+        np.testing.assert_array_equal(first, second)  # one choice of places for all volumes
+        apart = np.linalg.norm(first[:, None] - first[None], axis=-1)
+        assert apart[~np.eye(len(first), dtype=bool)].min() == 3
+        differences.append(one - other)
+    # Along y three quarters, 18, round up to all 24 voxels; x and z leave room for offsets.
+    assert (np.ptp(differences, axis=0) > 0).tolist() == [True, False, True]
+
+
+def softmax_loss(queries, keys, cases, temperature, across):
+    """Both forms of the loss in float64, pair by pair."""
+    q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, keys))
+    s = q.astype(np.float64) @ k.T / temperature
+    place = np.arange(len(q)) % (len(q) // cases)
+    losses = []
+    for i in range(len(q)):
+        same = place == place[i]
+        if across:
+            losses.append(np.mean(np.log(np.exp(s[i]).sum()) - s[i][same]))
+        else:
+            own = np.arange(len(q)) == i
+            losses.append(np.log(np.exp(s[i][own | ~same]).sum()) - s[i, i])
+    return losses
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_loss_by_hand(across):
+    random = np.random.default_rng(0)
+    queries, keys = random.normal(size=(2, 10, 32)).astype(np.float32)
+    result = make(across_cases=across)._compare(tf.constant(queries), tf.constant(keys), cases=2)
+    expected = softmax_loss(queries, keys, 2, 0.1, across)
+    np.testing.assert_allclose(result["loss"], expected, rtol=1e-5, atol=1e-5)
+    assert float(result["chance"]) == pytest.approx(np.log(10 if across else 9))
+
+
+def test_moves_what_describes_and_projects():
+    branch = make()
+    scale = tf.Variable([1.0, -2.0, 0.5])
+    images = tf.constant(np.random.default_rng(1).normal(size=(2, *CROP, 3)), tf.float32)
+    with tf.GradientTape() as tape:
+        result = branch(images, describe=lambda x: x * scale, seed=tf.constant([1, 2]))
+        loss = tf.reduce_mean(result["loss"])
+    for gradient in tape.gradient(loss, [scale, *branch.trainable_variables]):
+        assert np.abs(gradient).max() > 0
+
+
+def test_config_round_trip():
+    branch = make(across_cases=True)
+    again = DenseContrastiveBranch.from_config(branch.get_config())
+    assert again.get_config() == branch.get_config()
