@@ -15,9 +15,15 @@ from tfmtseg.files import write_json
 from tfmtseg.models.segmenter import Segmenter
 
 
-def write_model(directory: Path, model: Segmenter, modalities: Sequence[str]) -> None:
-    """Writes `model.json`: arguments of the model, names of its input channels."""
-    content = {"arguments": model.get_config(), "modalities": list(modalities)}
+def write_model(
+    directory: Path, model: Segmenter, modalities: Sequence[str], crop: Sequence[int]
+) -> None:
+    """Writes `model.json`: arguments of the model, names of its input channels, patch size."""
+    content = {
+        "arguments": model.get_config(),
+        "modalities": list(modalities),
+        "crop": list(crop),
+    }
     write_json(directory / "model.json", content)
 
 
@@ -54,7 +60,7 @@ def load_model(
         content = json.loads((directory / "model.json").read_text(encoding="utf-8"))
         modalities = tuple(content["modalities"])
         model = Segmenter.from_config(content["arguments"])
-        model.build((None, None, None, None, len(modalities)))
+        model.build((None, *content["crop"], len(modalities)))
         _weights(model).read(str(directory / "weights" / "final")).assert_consumed()
     except (OSError, KeyError, TypeError, ValueError, AssertionError, tf.errors.OpError) as error:
         raise InputError(
@@ -70,9 +76,10 @@ def initialize(
 ) -> list[str]:
     """Gives a model the final weights of an earlier run, as far as they fit.
 
-    The encoder's always; the decoder's unless the run was a pretraining; the head's if
-    moreover the regions are the same; the branch's if it is the same branch. The rest
-    keeps its initial values, and so does the optimizer.
+    The encoder's always; the decoder's if the run trained it: a pretraining does only with
+    dense contrast; the head's unless the run was a pretraining or has other regions; the
+    branch's if it is the same branch. The rest keeps its initial values, and so does the
+    optimizer.
 
     Args:
         model: A built model.
@@ -95,10 +102,10 @@ def initialize(
         if value != rule:
             raise InputError(directory, field, value, f"{rule}, as in the run to be started", fix)
     parts = ["encoder"]
-    if not source.pretraining:
+    if source.decoder.trainable:
         parts.append("decoder")
-        if source.regions == model.regions:
-            parts.append("head")
+    if source.head.trainable and source.regions == model.regions:
+        parts.append("head")
     branches = [part.branch and part.branch.get_config() for part in (source, model)]
     if branches[0] is not None and branches[0] == branches[1]:
         parts.append("branch")

@@ -96,7 +96,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     checkpoints = Checkpoints(model, directory / "checkpoints")
     first_step = checkpoints.restore()
     splits.write(directory / "splits")
-    write_model(directory, model, folder.modalities)
+    write_model(directory, model, folder.modalities, config.crop)
     write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step)
 
