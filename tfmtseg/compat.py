@@ -71,6 +71,13 @@ def scale_loss(optimizer: keras.optimizers.Optimizer, loss: tf.Tensor) -> tf.Ten
     return loss
 
 
+def scales_loss(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether `scale_loss` changes the loss, and updates that overflow are left out."""
+    if KERAS_3:
+        return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+    return hasattr(optimizer, "get_scaled_loss")
+
+
 def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[tf.Tensor | None],

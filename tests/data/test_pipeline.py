@@ -11,6 +11,7 @@ from tfmtseg.data.augment import NO_AUGMENTATION, Augmentation
 from tfmtseg.data.cache import Record, foreground_voxels
 from tfmtseg.data.nifti import Geometry
 from tfmtseg.data.pipeline import (
+    batch_cases,
     crop_centre,
     held_out_batches,
     patches,
@@ -296,3 +297,21 @@ def test_held_out_batches_are_fixed_and_cover_every_case_once(labelled):
     for batch, again in zip(first, dataset.as_numpy_iterator(), strict=True):
         for part, same in zip(batch, again, strict=True):
             np.testing.assert_array_equal(part, same)
+
+
+def test_the_cases_of_a_batch_have_names(labelled, unlabelled):
+    per_step = {"labeled_per_step": 2, "unlabeled_per_step": 3}
+    batches = training_batches(
+        labelled,
+        unlabelled,
+        CROP,
+        **per_step,
+        steps=(4, 7),
+        augmentation=NO_AUGMENTATION,
+        foreground_probability=0.0,
+        seed=3,
+    )
+    for step, (images, _, _) in enumerate(batches, start=4):
+        # The first channel is the case's number, and BACKGROUND outside.
+        seen = [f"case{round(float(image[..., 0].max()))}" for image in images.numpy()]
+        assert batch_cases(labelled, unlabelled, step, **per_step, seed=3) == seen

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -272,6 +273,63 @@ def test_a_break_changes_neither_weights_nor_teacher(phantoms, tmp_path, monkeyp
     assert whole.keys() == resumed.keys()
     for name, values in whole.items():
         np.testing.assert_array_equal(values, resumed[name])
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on(phantoms, tmp_path):
+    """SIGTERM in the second of three steps of an epoch."""
+    config = settings(
+        phantoms, tmp_path / "whole", method="encdec", train_steps=6, steps_per_epoch=3
+    )
+    train(config)
+    broken = dataclasses.replace(config, model_dir=str(tmp_path / "broken"))
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), *flags_of(broken)]
+    sender = (
+        "import os, signal, sys; sys.argv = sys.argv[1:]\n"
+        "from tfmtseg.training import callbacks\n"
+        "def send(self, batch, logs=None):\n"
+        "    if batch == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "callbacks.Progress.on_train_batch_end = send\n"
+        "from tfmtseg.tools import train\n"
+        "train.run()\n"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", sender, *command[1:]], capture_output=True, text=True, check=False
+    )
+    assert asked.returncode == 143, asked.stderr[-2000:]
+    assert "saved after step 2" in asked.stdout
+    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    assert "Going on after step 2" in resumed.stdout
+    one, other = (last_checkpoint(c.model_dir) for c in (config, broken))
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        np.testing.assert_array_equal(values, other[name])
+    steps = [
+        line.split(",")[0] for line in (tmp_path / "broken" / "history.csv").read_text().split()
+    ]
+    assert steps == ["step", "3", "6"]
+
+
+def test_training_stops_where_a_loss_is_no_number(phantoms, tmp_path):
+    config = settings(
+        phantoms, tmp_path / "run", method="encdec", train_steps=10, learning_rate=1e30,
+        warmup_steps=0, steps_per_epoch=1,
+    )  # fmt: skip
+    with pytest.raises(InputError) as caught:
+        train(config)
+    message = str(caught.value)
+    found = re.fullmatch(
+        r"step (\d+): (seg_loss|loss|gradient) is (NaN|infinite)[\w ,]*, must be finite\. "
+        r"Fix: look at the batch's cases, (PHANTOM_\d+), (PHANTOM_\d+); .*",
+        message,
+    )
+    assert found, message
+    assert {found[4], found[5]} == set(Splits.read(tmp_path / "run" / "splits").labeled)
+    values = last_checkpoint(config.model_dir)
+    # The step that failed changed nothing and saved nothing.
+    assert [int(v) for name, v in values.items() if v.dtype == np.int64 and v.ndim == 0] in (
+        [int(found[1]) - 1],
+    )
 
 
 @pytest.fixture(scope="module")

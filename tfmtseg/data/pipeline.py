@@ -90,6 +90,21 @@ def crop_centre(
     return centre
 
 
+def case_index(number: tf.Tensor, count: int, seed: int) -> tf.Tensor:
+    """Which of `count` cases patch `number` comes from: a fresh order in each round.
+
+    Args:
+        number: `int64`, `()`.
+        count: Number of cases.
+        seed: Chooses the orders.
+
+    Returns:
+        `int64`, `()`.
+    """
+    order = tf.stack([tf.constant(seed, tf.int64), number // count])
+    return tf.random.experimental.index_shuffle(number % count, order, count - 1)
+
+
 def patches(
     records: Sequence[Record],
     crop: tuple[int, int, int],
@@ -99,9 +114,7 @@ def patches(
     foreground_probability: float,
     seed: int,
 ) -> tf.data.Dataset:
-    """One patch for each of `numbers`.
-
-    Patch `n` comes from case `n % len(records)` of a fresh order in each round.
+    """One patch for each of `numbers`, from the case that `case_index` names.
 
     Args:
         records: Cases, all of one number of modalities.
@@ -131,9 +144,7 @@ def patches(
         return *read_window(record, start, stop), (centre - start).astype(np.float32)
 
     def make(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        count = len(records)
-        order = tf.stack([tf.constant(seed, tf.int64), number // count])
-        index = tf.random.experimental.index_shuffle(number % count, order, count - 1)
+        index = case_index(number, len(records), seed)
         seeds = tf.unstack(
             tf.random.experimental.stateless_split(
                 tf.stack([tf.constant(seed, tf.int64), number]), 3
@@ -212,6 +223,35 @@ def training_batches(
             lambda *parts: tuple(tf.concat(pair, 0) for pair in zip(*parts, strict=True))
         )
     return batches.prefetch(2)
+
+
+def batch_cases(
+    labelled: Sequence[Record],
+    unlabelled: Sequence[Record],
+    step: int,
+    *,
+    labeled_per_step: int,
+    unlabeled_per_step: int,
+    seed: int,
+) -> list[str]:
+    """Names of the cases whose patches `training_batches` puts into one batch.
+
+    Args:
+        labelled: As for `training_batches`, like all that follow.
+        unlabelled: See there.
+        step: The batch.
+        labeled_per_step: See there.
+        unlabeled_per_step: See there.
+        seed: See there.
+    """
+    names = []
+    for number, (records, per_step) in enumerate(
+        ((labelled, labeled_per_step), (unlabelled, unlabeled_per_step))
+    ):
+        for patch in range(step * per_step, (step + 1) * per_step):
+            index = case_index(tf.constant(patch, tf.int64), len(records), 2 * seed + number)
+            names.append(records[int(index)].name)
+    return names
 
 
 def held_out_batches(

@@ -386,14 +386,26 @@ class Segmenter(keras.Model):
         return dict(self.compute_metrics(**metrics))
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One update; returns the running means of losses and Dice scores."""
+        """One update; returns the running means of losses and Dice scores.
+
+        Raises:
+            tf.errors.InvalidArgumentError: If a loss or the gradient is NaN or infinite,
+                with its name, before anything is updated.
+        """
         with tf.GradientTape() as tape:
             loss, shown, metrics = self._forward(data, training=True)
-            loss = tf.debugging.check_numerics(loss, "the training loss")
             scaled = compat.scale_loss(self.optimizer, loss)
         variables = self.trainable_variables
-        updates = self._updates_made()
-        compat.apply_gradients(self.optimizer, tape.gradient(scaled, variables), variables)
+        gradients = tape.gradient(scaled, variables)
+        checked = dict(shown)
+        if not compat.scales_loss(self.optimizer):  # it leaves out updates that overflow
+            checked["gradient"] = tf.linalg.global_norm(gradients)
+        # Before the update: weights that are NaN once stay so.
+        with tf.control_dependencies(
+            [tf.debugging.check_numerics(value, name) for name, value in checked.items()]
+        ):
+            updates = tf.identity(self._updates_made())
+            compat.apply_gradients(self.optimizer, gradients, variables)
         if self.teacher is not None:
             student = [*self.encoder.weights, *self.decoder.weights, *self.head.weights]
             self.teacher.follow(student, updates)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,18 @@ class Progress(keras.callbacks.Callback):
     """One bar over all updates, with the time left and the losses of late.
 
     Args:
-        total_steps: Updates in all.
-        first_step: Updates made by an earlier call.
+        total_steps: Updates in all, those of earlier calls included.
     """
 
-    def __init__(self, total_steps: int, first_step: int = 0):
+    def __init__(self, total_steps: int):
         super().__init__()
         self.total_steps = total_steps
-        self.first_step = first_step
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Opens the bar."""
         self.bar = tqdm(
             total=self.total_steps,
-            initial=self.first_step,
+            initial=int(compat.iterations(self.model.optimizer)),
             desc="Training",
             unit="step",
             # A file gets a line now and then, a terminal a live bar.
@@ -194,6 +194,46 @@ class Checkpoints(keras.callbacks.Callback):
             self.state.restore(latest).assert_consumed()
         return int(compat.iterations(self.optimizer))
 
+    def save(self) -> None:
+        """Saves now."""
+        self.manager.save()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves."""
-        self.manager.save()
+        self.save()
+
+
+class Termination(keras.callbacks.Callback):
+    """Saves after the current update when the process is asked to end, and ends it.
+
+    Args:
+        checkpoints: Saves.
+    """
+
+    def __init__(self, checkpoints: Checkpoints):
+        super().__init__()
+        self.checkpoints = checkpoints
+        self.asked = False
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Begins to listen to SIGTERM. Python lets only the main thread do so."""
+        self.before: Any = None
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Ends the process with status 143, as shells call a death by SIGTERM."""
+        if self.asked:
+            self.checkpoints.save()
+            step = int(compat.iterations(self.checkpoints.optimizer))
+            self.on_train_end()
+            print(f"Asked to end: saved after step {step}. Repeat the command to go on.")
+            sys.exit(128 + signal.SIGTERM)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Listens no longer."""
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ from tfmtseg.compat import keras
 from tfmtseg.data.cache import Record, build_cache
 from tfmtseg.data.cases import Case, DataFolder, read_case_list, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry
-from tfmtseg.data.pipeline import held_out_batches, training_batches
+from tfmtseg.data.pipeline import batch_cases, held_out_batches, training_batches
 from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import write_json, write_text
@@ -42,7 +43,13 @@ from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops.info_nce import choose
 from tfmtseg.regions import Regions
-from tfmtseg.training.callbacks import Checkpoints, History, Progress, TensorBoard
+from tfmtseg.training.callbacks import (
+    Checkpoints,
+    History,
+    Progress,
+    TensorBoard,
+    Termination,
+)
 from tfmtseg.training.checkpoint import initialize, load_model, write_model, write_weights
 from tfmtseg.training.config import TrainConfig, read_settings
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
@@ -318,39 +325,71 @@ def _fit(
             foreground_probability=config.foreground_probability,
             seed=config.split_seed,
         )
-    batches = training_batches(
-        labelled,
-        unlabelled,
-        config.crop,
-        labeled_per_step=0 if pretrain else config.labeled_per_step,
-        unlabeled_per_step=config.unlabeled_per_step if config.uses_unlabelled else 0,
-        steps=(first_step, config.train_steps),
-        augmentation=config.augmentation,
-        foreground_probability=config.foreground_probability,
-        seed=config.seed,
-    )
+    per_step = {
+        "labeled_per_step": 0 if pretrain else config.labeled_per_step,
+        "unlabeled_per_step": config.unlabeled_per_step if config.uses_unlabelled else 0,
+    }
+
+    def batches(start: int, stop: int) -> tf.data.Dataset:
+        return training_batches(
+            labelled,
+            unlabelled,
+            config.crop,
+            **per_step,
+            steps=(start, stop),
+            augmentation=config.augmentation,
+            foreground_probability=config.foreground_probability,
+            seed=config.seed,
+        )
+
     example = None
     if not pretrain:
-        drawn = batches if held_out is None else held_out
+        drawn = batches(0, 1) if held_out is None else held_out
         images, labels, _ = (part.numpy() for part in next(iter(drawn)))
         example = images, labels
+    callbacks = [
+        Progress(config.train_steps),
+        TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
+        History(directory / "history.csv", config.steps_per_epoch, make_schedule(config)),
+        checkpoints,
+        Termination(checkpoints),
+    ]
+    # A run that was asked to end goes on amid an epoch, whose rest comes first.
+    steps = config.steps_per_epoch
+    rest = -first_step % steps
+    spans = [(first_step, first_step + rest, rest)] if rest else []
+    spans.append((first_step + rest, config.train_steps, steps))
     start = time.perf_counter()
-    model.fit(
-        batches,
-        epochs=config.train_steps // config.steps_per_epoch,
-        initial_epoch=first_step // config.steps_per_epoch,
-        steps_per_epoch=config.steps_per_epoch,
-        validation_data=held_out,
-        shuffle=False,
-        verbose=0,
-        callbacks=[
-            Progress(config.train_steps, first_step),
-            TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
-            History(directory / "history.csv", config.steps_per_epoch, make_schedule(config)),
-            checkpoints,
-        ],
-    )
+    for first, last, steps_per_epoch in spans:
+        checkpoints.restore()  # the end of `fit` leaves averages in place of the weights
+        try:
+            model.fit(
+                batches(first, last),
+                epochs=last // steps,
+                initial_epoch=first // steps,
+                steps_per_epoch=steps_per_epoch,
+                validation_data=held_out,
+                shuffle=False,
+                verbose=0,
+                callbacks=callbacks,
+            )
+        except tf.errors.InvalidArgumentError as error:
+            step = int(compat.iterations(model.optimizer))
+            names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
+            raise _not_finite(error, step, names) from None
     return time.perf_counter() - start
+
+
+def _not_finite(error: tf.errors.OpError, step: int, cases: Sequence[str]) -> Exception:
+    """What to tell of a loss that is NaN or infinite; any other error as it is."""
+    found = re.search(r"(\w+) : Tensor had ([\w ,-]+) values", error.message)
+    if found is None:
+        return error
+    return InputError(
+        f"step {step + 1}", found[1], found[2].replace("Inf", "infinite"), "finite",
+        f"look at the batch's cases, {', '.join(cases)}; or lower --learning_rate and choose "
+        "another --model_dir. The last checkpoint is as it was",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
