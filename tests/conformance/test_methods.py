@@ -148,22 +148,19 @@ def test_gradients_reach_every_trainable_weight(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_fit_evaluate_predict(method):
+def test_fit(method):
+    # Building a graph takes most of the time: `evaluate` and `predict` are left to the
+    # tests of Segmenter.
     model = make(method, EXCLUSIVE)
     model.compile(optimizer=keras.optimizers.Adam(1e-3))
-    images, labels, labeled = batch([1, 0] * 2, EXCLUSIVE)
-    dataset = tf.data.Dataset.from_tensor_slices((images, labels, labeled))
+    dataset = tf.data.Dataset.from_tensor_slices(batch([1, 0] * 2, EXCLUSIVE))
     data = dataset.batch(2, drop_remainder=True)
-    history = model.fit(data, validation_data=data, verbose=0, shuffle=False).history
+    history = model.fit(data, verbose=0, shuffle=False).history
     assert all(np.isfinite(values).all() for values in history.values())
     assert int(model.optimizer.iterations) == 2
-    shown = {name for name in history if not name.startswith("val_")}
-    assert {f"val_{name}" for name in shown} == set(history) - shown
-    assert {"loss", "seg_loss", "dice_a", "dice_b", "dice_c"} <= shown
+    assert {"loss", "seg_loss", "dice_a", "dice_b", "dice_c"} <= set(history)
     if model.branch is not None:
-        assert {f"{model.branch.prefix}_{name}" for name in model.branch.shown} <= shown
-    predicted = model.predict(images, verbose=0, batch_size=2)
-    np.testing.assert_allclose(predicted, model(images), rtol=1e-4, atol=1e-4)
+        assert {f"{model.branch.prefix}_{name}" for name in model.branch.shown} <= set(history)
 
 
 @pytest.fixture
