@@ -13,6 +13,11 @@ namespace tfmtseg {
 using ParallelFor = std::function<void(int64_t total, int64_t cost,
                                        const std::function<void(int64_t, int64_t)>& body)>;
 
+// Gives memory, aligned to 64 bytes, that stays until InfoNceCpu returns. A caller that keeps it
+// for the next call spares the system giving out and clearing pages, a tenth of a small call's
+// time. Throws std::bad_alloc.
+using Allocate = std::function<void*(int64_t bytes)>;
+
 // Queries [n, d] and keys [m, d], row-major, as they are compared: normalised before, if at all.
 // Pointers that may be null say so; then nothing is left out for their reason.
 struct InfoNceProblem {
@@ -29,6 +34,10 @@ struct InfoNceProblem {
   const bool* key_mask;  // may be null, [m]; false leaves a key out everywhere
   int64_t n, m, d;
   float temperature;
+  // Whether all numbers of queries and keys are bfloat16 numbers. Products are then made of such
+  // where the processor has an instruction for it: the losses are those of float32, gradients are
+  // off by about 2^-8 of their length.
+  bool is_bfloat16;
 };
 
 // Gradients are of sum_i w_i loss_i. Without them, what stands below is not touched.
@@ -41,13 +50,13 @@ struct InfoNceResult {
   float* grad_temperature;   // one number
 };
 
-// Never holds the n x m matrix: about 16 MB of it at most, or 48 rows where these are more, and
+// Never holds the n x m matrix: about 8 MB of it at most, or 48 rows where these are more, and
 // two copies of the keys. The same bits at any number of threads. Throws std::bad_alloc.
 //
 // The instruction set is chosen at run time. The environment variable TFMTSEG_INSTRUCTION_SET
-// (generic, avx2, avx512) chooses a lower one than the processor has.
+// (generic, avx2, avx512, avx512bf16) chooses a lower one than the processor has.
 void InfoNceCpu(const InfoNceProblem& problem, const ParallelFor& parallel_for,
-                const InfoNceResult& result);
+                const Allocate& allocate, const InfoNceResult& result);
 
 }  // namespace tfmtseg
 

@@ -9,6 +9,7 @@ namespace TFMTSEG_SET {
 constexpr int kWidth = 8;
 constexpr int kRows = 6;
 constexpr int kVectors = 2;
+using Group = float;
 }  // namespace TFMTSEG_SET
 }  // namespace tfmtseg
 

@@ -1,6 +1,8 @@
 // InfoNCE on CPU for one instruction set. Included once by each info_nce_cpu_<set>.cc, which
 // defines TFMTSEG_SET (a namespace), kWidth (floats in a vector register), kRows and kVectors:
-// the product of two matrices is made in tiles of kRows x kVectors registers.
+// the product of two matrices is made in tiles of kRows x kVectors registers. It also defines
+// Group, what one step of a product multiplies and adds up: one float, or a uint32_t with two
+// neighbouring bfloat16, the first in the low half; for these also MultiplyAdd.
 //
 // Of a block of queries, all logits are held at once (the slab). Two passes over it:
 //   by rows      logits, softmax over the negatives, losses, gradient of the queries;
@@ -14,6 +16,7 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #include "info_nce_cpu.h"
@@ -24,37 +27,48 @@ namespace TFMTSEG_SET {
 typedef float Vector __attribute__((vector_size(kWidth * 4)));
 typedef float LooseVector __attribute__((vector_size(kWidth * 4), aligned(4), may_alias));
 typedef uint32_t BitVector __attribute__((vector_size(kWidth * 4)));
+typedef Group Groups __attribute__((vector_size(kWidth * 4)));
 
+constexpr int64_t kDepth = std::is_same_v<Group, float> ? 1 : 2;  // numbers of a group
 constexpr int64_t kPanel = kVectors * kWidth;  // columns of a tile
-constexpr int64_t kTask = 48;                  // rows that one task works on
+constexpr int64_t kTask = 48;                  // rows that one task works on, even
 constexpr int64_t kColumns = 192;              // columns of a strip of the slab
 // Longer than kColumns, by an odd number of cache lines in all: rows at a power-of-two distance
 // would fall on each other in the cache.
 constexpr int64_t kStride = kColumns + 16;
-constexpr int64_t kSlabElements = 1 << 22;
+constexpr int64_t kSlabElements = 1 << 21;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.693147180559945309f;
 
 static_assert(kTask % kRows == 0 && kColumns % kRows == 0 && kColumns % kPanel == 0, "tiles");
 
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float[], Free>;
-
-Buffer Allocate(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-  void* p = std::aligned_alloc(64, std::max<size_t>(bytes, 64));
-  if (p == nullptr) throw std::bad_alloc();
-  return Buffer(static_cast<float*>(p));
-}
-
 int64_t RoundUp(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
 Vector Splat(float value) { return Vector{} + value; }
+
+int64_t GroupsOf(int64_t numbers) { return (numbers + kDepth - 1) / kDepth; }
+
+// The nearest bfloat16, ties to even, as its 16 bits. NaNs here have clear low bits, as
+// processors make them, and stay NaN.
+uint32_t BFloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// Both numbers as a group; of groups of one number, the first.
+Group Join(float first, [[maybe_unused]] float second) {
+  if constexpr (kDepth == 1) {
+    return first;
+  } else {
+    return BFloat16(first) | BFloat16(second) << 16;
+  }
+}
+
+inline Vector MultiplyAdd(float left, Vector right, Vector sum) { return sum + left * right; }
 
 // 2^x to about 1e-7 of its value; 0 below 2^-126. NaN stays NaN.
 Vector Exp2(Vector x) {
@@ -83,10 +97,10 @@ float Sum(Vector v) {
   return total;
 }
 
-// C[rows, kPanel] = (add ? C : 0) + A[rows, k] B[k, kPanel]; B is a panel, A may be transposed.
-// Products are added in the order of k.
+// C[rows, kPanel] = (add ? C : 0) + A[rows, k] B[k, kPanel], with k counted in groups; B is a
+// panel, A may be transposed. Products are added in the order of k.
 template <int rows, bool transposed>
-void Tile(const float* a, int64_t a_stride, const float* b, int64_t k, float* c, int64_t c_stride,
+void Tile(const Group* a, int64_t a_stride, const Group* b, int64_t k, float* c, int64_t c_stride,
           bool add) {
   Vector sum[rows][kVectors];
   for (int i = 0; i < rows; ++i) {
@@ -95,11 +109,11 @@ void Tile(const float* a, int64_t a_stride, const float* b, int64_t k, float* c,
     }
   }
   for (int64_t j = 0; j < k; ++j) {
-    Vector right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = *(const Vector*)(b + j * kPanel + v * kWidth);
+    Groups right[kVectors];
+    for (int v = 0; v < kVectors; ++v) right[v] = *(const Groups*)(b + j * kPanel + v * kWidth);
     for (int i = 0; i < rows; ++i) {
-      const float left = transposed ? a[j * a_stride + i] : a[i * a_stride + j];
-      for (int v = 0; v < kVectors; ++v) sum[i][v] += left * right[v];
+      const Group left = transposed ? a[j * a_stride + i] : a[i * a_stride + j];
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = MultiplyAdd(left, right[v], sum[i][v]);
     }
   }
   for (int i = 0; i < rows; ++i) {
@@ -110,7 +124,7 @@ void Tile(const float* a, int64_t a_stride, const float* b, int64_t k, float* c,
 }
 
 template <bool transposed, int rows = kRows>
-void TileOf(int64_t count, const float* a, int64_t a_stride, const float* b, int64_t k, float* c,
+void TileOf(int64_t count, const Group* a, int64_t a_stride, const Group* b, int64_t k, float* c,
             int64_t c_stride, bool add) {
   if constexpr (rows > 0) {
     if (count == rows) {
@@ -123,7 +137,7 @@ void TileOf(int64_t count, const float* a, int64_t a_stride, const float* b, int
 
 // The same for any number of rows.
 template <bool transposed>
-void TimesPanel(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t k,
+void TimesPanel(int64_t rows, const Group* a, int64_t a_stride, const Group* b, int64_t k,
                 float* c, int64_t c_stride, bool add) {
   for (int64_t i = 0; i < rows; i += kRows) {
     TileOf<transposed>(std::min<int64_t>(kRows, rows - i),
@@ -133,25 +147,37 @@ void TimesPanel(int64_t rows, const float* a, int64_t a_stride, const float* b, 
 }
 
 // Columns [first, first + kPanel) of x[rows, columns], times a factor for each row, as a panel
-// [rows, kPanel]; zeros beyond the last column.
+// [groups of rows, kPanel]; zeros beyond the last row and column.
 void PackColumns(const float* x, int64_t rows, int64_t columns, int64_t first,
-                 const float* factors, float* panel) {
+                 const float* factors, Group* panel) {
   const int64_t count = std::min(kPanel, columns - first);
-  for (int64_t i = 0; i < rows; ++i) {
+  const float* in = x + first;
+  for (int64_t i = 0; i < rows; i += kDepth) {
+    const bool has_next = kDepth == 2 && i + 1 < rows;
     const float factor = factors == nullptr ? 1.0f : factors[i];
-    float* out = panel + i * kPanel;
-    for (int64_t j = 0; j < count; ++j) out[j] = x[i * columns + first + j] * factor;
-    std::fill(out + count, out + kPanel, 0.0f);
+    const float next_factor = !has_next ? 0.0f : factors == nullptr ? 1.0f : factors[i + 1];
+    const float* row = in + i * columns;
+    const float* next = has_next ? row + columns : nullptr;
+    Group* out = panel + i / kDepth * kPanel;
+    for (int64_t j = 0; j < count; ++j) {
+      out[j] = Join(row[j] * factor, next == nullptr ? 0.0f : next[j] * next_factor);
+    }
+    std::fill(out + count, out + kPanel, Group{});
   }
 }
 
-// Rows [first, first + kPanel) of x[rows, columns] as the columns of a panel [columns, kPanel].
-void PackRows(const float* x, int64_t rows, int64_t columns, int64_t first, float* panel) {
-  const int64_t count = std::min(kPanel, rows - first);
-  for (int64_t j = 0; j < columns; ++j) {
-    float* out = panel + j * kPanel;
-    for (int64_t i = 0; i < count; ++i) out[i] = x[(first + i) * columns + j];
-    std::fill(out + count, out + kPanel, 0.0f);
+// Rows [first, first + kPanel) of x[rows, columns] as the columns of a panel
+// [groups of columns, kPanel].
+void PackRows(const float* x, int64_t rows, int64_t columns, int64_t first, Group* panel) {
+  const int64_t count = std::clamp<int64_t>(rows - first, 0, kPanel);
+  for (int64_t j = 0; j < columns; j += kDepth) {
+    const bool has_next = kDepth == 2 && j + 1 < columns;
+    Group* out = panel + j / kDepth * kPanel;
+    for (int64_t i = 0; i < count; ++i) {
+      const float* in = x + (first + i) * columns + j;
+      out[i] = Join(in[0], has_next ? in[1] : 0.0f);
+    }
+    std::fill(out + count, out + kPanel, Group{});
   }
 }
 
@@ -163,9 +189,9 @@ struct Positive {
 
 class Runner {
  public:
-  Runner(const InfoNceProblem& problem, const ParallelFor& parallel_for,
+  Runner(const InfoNceProblem& problem, const ParallelFor& parallel_for, const Allocate& allocate,
          const InfoNceResult& result)
-      : p_(problem), parallel_for_(parallel_for), r_(result) {}
+      : p_(problem), parallel_for_(parallel_for), allocate_(allocate), r_(result) {}
 
   void Run() {
     const int64_t n = p_.n, m = p_.m, d = p_.d;
@@ -180,15 +206,16 @@ class Runner {
 
     strips_ = (m + kColumns - 1) / kColumns;
     features_ = RoundUp(d, kPanel);
+    const int64_t panels = features_ / kPanel;
     Pack(gradients);
     // Depends on m alone, so that the order of sums does.
     const int64_t block =
         std::max<int64_t>(kTask, kSlabElements / RoundUp(m, kColumns) / kTask * kTask);
     const int64_t most = std::min(block, RoundUp(n, kTask));
-    slab_ = Allocate(most * strips_ * kStride);
+    slab_ = New<float>(most * strips_ * kStride);
     if (gradients) {
-      query_panels_ = Allocate(most * features_);
-      factors_ = Allocate(most);
+      query_panels_ = New<Group>(GroupsOf(most) * features_);
+      factors_ = New<float>(most);
       temperature_terms_.assign(n, 0.0);
     }
     block_positives_.resize(most);
@@ -201,15 +228,18 @@ class Runner {
         }
       });
       if (!gradients) continue;
-      parallel_for_(features_ / kPanel, rows * kPanel, [&](int64_t begin, int64_t end) {
+      parallel_for_(panels, rows * kPanel, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
-          PackColumns(p_.queries + first * d, rows, d, panel * kPanel, factors_.get(),
-                      query_panels_.get() + panel * rows * kPanel);
+          PackColumns(p_.queries + first * d, rows, d, panel * kPanel, factors_,
+                      query_panels_ + panel * GroupsOf(rows) * kPanel);
         }
       });
-      parallel_for_(strips_, kColumns * rows * d * 2, [&](int64_t begin, int64_t end) {
-        for (int64_t s = begin; s < end; ++s) WorkOnColumns(first, rows, s);
-      });
+      parallel_for_(strips_ * panels, kColumns * rows * kPanel * 2,
+                    [&](int64_t begin, int64_t end) {
+                      for (int64_t i = begin; i < end; ++i) {
+                        WorkOnColumns(first, rows, i / panels, i % panels);
+                      }
+                    });
     }
     if (gradients) {
       double total = 0;
@@ -219,43 +249,86 @@ class Runner {
   }
 
  private:
+  template <typename T>
+  T* New(int64_t count) {
+    return static_cast<T*>(allocate_(std::max<int64_t>(count, 1) * sizeof(T)));
+  }
+
   // Copies of the keys in the order in which the two products read them.
   void Pack(bool gradients) {
-    const int64_t m = p_.m, d = p_.d;
+    const int64_t n = p_.n, m = p_.m, d = p_.d, groups = GroupsOf(d);
     const int64_t padded = strips_ * kColumns;
-    logit_panels_ = Allocate(padded * d);
+    Group* logit_panels = New<Group>(padded * groups);
+    logit_panels_ = logit_panels;
     parallel_for_(padded / kPanel, kPanel * d, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        float* panel = logit_panels_.get() + i * kPanel * d;
-        if (i * kPanel < m) {
-          PackRows(p_.keys, m, d, i * kPanel, panel);
-        } else {
-          std::fill(panel, panel + kPanel * d, 0.0f);
-        }
+        PackRows(p_.keys, m, d, i * kPanel, logit_panels + i * kPanel * groups);
       }
     });
+    if constexpr (kDepth == 1) {
+      query_rows_ = reinterpret_cast<const Group*>(p_.queries);
+    } else {
+      Group* rows = New<Group>(n * groups);
+      query_rows_ = rows;
+      parallel_for_(n, d, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const float* q = p_.queries + i * d;
+          for (int64_t j = 0; j < d; j += 2) {
+            rows[i * groups + j / 2] = Join(q[j], j + 1 < d ? q[j + 1] : 0.0f);
+          }
+        }
+      });
+    }
     if (!gradients) return;
-    key_panels_ = Allocate(m * features_);
+    Group* key_panels = New<Group>(GroupsOf(m) * features_);
+    key_panels_ = key_panels;
     parallel_for_(features_ / kPanel, m * kPanel, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        PackColumns(p_.keys, m, d, i * kPanel, nullptr, key_panels_.get() + i * m * kPanel);
+        PackColumns(p_.keys, m, d, i * kPanel, nullptr, key_panels + i * GroupsOf(m) * kPanel);
       }
     });
   }
 
   // The slab holds strips of kColumns columns, each [rows of the block, kStride].
   float* Strip(int64_t strip, int64_t row) {
-    return slab_.get() + (strip * static_cast<int64_t>(block_positives_.size()) + row) * kStride;
+    return slab_ + (strip * static_cast<int64_t>(block_positives_.size()) + row) * kStride;
+  }
+
+  // Of an even row and the next one, turns numbers into groups for both products, in place: along
+  // a row for the gradient of the queries, in the first half of each row; across both for that of
+  // the keys, in the second half, first that of the one, then that of the other.
+  void Regroup(float* row, bool has_next) {
+    if constexpr (kDepth == 1) return;
+    constexpr int64_t half = kColumns / 2;
+    alignas(64) float numbers[2][kColumns];
+    std::copy_n(row, kColumns, numbers[0]);
+    if (has_next) {
+      std::copy_n(row + kStride, kColumns, numbers[1]);
+    } else {
+      std::fill_n(numbers[1], kColumns, 0.0f);
+    }
+    alignas(64) Group groups[kColumns];
+    for (int64_t i = 0; i < 2; ++i) {
+      float* out = row + i * kStride;
+      for (int64_t j = 0; j < half; ++j) {
+        groups[j] = Join(numbers[i][2 * j], numbers[i][2 * j + 1]);
+      }
+      std::memcpy(out, groups, half * sizeof(Group));
+    }
+    for (int64_t j = 0; j < kColumns; ++j) groups[j] = Join(numbers[0][j], numbers[1][j]);
+    for (int64_t i = 0; i < 2; ++i) {
+      std::memcpy(row + i * kStride + half, groups + i * half, half * sizeof(Group));
+    }
   }
 
   // Losses and query gradients of `count` rows from `row` of the block on.
   void WorkOnRows(int64_t first, int64_t row, int64_t count) {
-    const int64_t m = p_.m, d = p_.d, query = first + row;
+    const int64_t m = p_.m, d = p_.d, groups = GroupsOf(d), query = first + row;
     for (int64_t s = 0; s < strips_; ++s) {
       for (int64_t j = 0; j < kColumns; j += kPanel) {
-        TimesPanel<false>(count, p_.queries + query * d, d,
-                          logit_panels_.get() + (s * kColumns + j) * d, d, Strip(s, row) + j,
-                          kStride, false);
+        TimesPanel<false>(count, query_rows_ + query * groups, groups,
+                          logit_panels_ + (s * kColumns + j) * groups, groups,
+                          Strip(s, row) + j, kStride, false);
       }
     }
     for (int64_t i = 0; i < count; ++i) FinishRow(query + i, row + i);
@@ -263,11 +336,13 @@ class Runner {
 
     std::vector<float> sums(count * features_, 0.0f);
     for (int64_t s = 0; s < strips_; ++s) {
+      for (int64_t i = 0; i < count; i += 2) Regroup(Strip(s, row + i), i + 1 < count);
       const int64_t columns = std::min(kColumns, m - s * kColumns);
       for (int64_t panel = 0; panel < features_ / kPanel; ++panel) {
-        TimesPanel<false>(count, Strip(s, row), kStride,
-                          key_panels_.get() + (panel * m + s * kColumns) * kPanel, columns,
-                          sums.data() + panel * kPanel, features_, true);
+        TimesPanel<false>(
+            count, reinterpret_cast<const Group*>(Strip(s, row)), kStride,
+            key_panels_ + (panel * GroupsOf(m) + s * kColumns / kDepth) * kPanel,
+            GroupsOf(columns), sums.data() + panel * kPanel, features_, true);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -382,59 +457,74 @@ class Runner {
     }
   }
 
-  // Adds what a block of rows gives to the gradients of the keys of a strip.
-  void WorkOnColumns(int64_t first, int64_t rows, int64_t strip) {
+  // Adds what a block of rows gives to some features of the gradients of the keys of a strip.
+  void WorkOnColumns(int64_t first, int64_t rows, int64_t strip, int64_t panel) {
     const int64_t d = p_.d, start = strip * kColumns;
     const int64_t columns = std::min(kColumns, p_.m - start);
-    float* gradient = r_.grad_keys + start * d;
+    const int64_t feature = panel * kPanel, features = std::min(kPanel, d - feature);
+    const Group* queries = query_panels_ + panel * GroupsOf(rows) * kPanel;
+    float* gradient = r_.grad_keys + start * d + feature;
+    // The last panel may be narrower than a tile: it takes a detour.
     std::vector<float> edge;
-    for (int64_t panel = 0; panel < features_ / kPanel; ++panel) {
-      const float* queries = query_panels_.get() + panel * rows * kPanel;
-      const int64_t feature = panel * kPanel, count = std::min(kPanel, d - feature);
-      if (count == kPanel) {
-        TimesPanel<true>(columns, Strip(strip, 0), kStride, queries, rows, gradient + feature, d,
-                         true);
-        continue;
-      }
-      // The last panel is narrower than a tile: it takes a detour.
+    float* sums = gradient;
+    int64_t stride = d;
+    if (features < kPanel) {
       edge.assign(columns * kPanel, 0.0f);
+      sums = edge.data();
+      stride = kPanel;
       for (int64_t j = 0; j < columns; ++j) {
-        std::copy_n(gradient + j * d + feature, count, edge.data() + j * kPanel);
+        std::copy_n(gradient + j * d, features, sums + j * kPanel);
       }
-      TimesPanel<true>(columns, Strip(strip, 0), kStride, queries, rows, edge.data(), kPanel,
-                       true);
+    }
+    // With groups, see Regroup for where the columns are.
+    constexpr int64_t part = kColumns / kDepth;
+    for (int64_t j = 0; j < columns; j += part) {
+      const float* row = Strip(strip, j / part);
+      const Group* weights = reinterpret_cast<const Group*>(row) + (kDepth == 1 ? 0 : part);
+      TimesPanel<true>(std::min(part, columns - j), weights, kDepth * kStride, queries,
+                       GroupsOf(rows), sums + j * stride, stride, true);
+    }
+    if (features < kPanel) {
       for (int64_t j = 0; j < columns; ++j) {
-        std::copy_n(edge.data() + j * kPanel, count, gradient + j * d + feature);
+        std::copy_n(sums + j * kPanel, features, gradient + j * d);
       }
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const float* q = p_.queries + (first + i) * d;
-      for (const Positive& positive : block_positives_[i]) {
-        const int64_t j = positive.key - start;
-        if (j < 0 || j >= columns) continue;
-        for (int64_t f = 0; f < d; ++f) gradient[j * d + f] += positive.weight * q[f];
+      const float* q = p_.queries + (first + i) * d + feature;
+      const std::vector<Positive>& positives = block_positives_[i];  // in the order of the keys
+      auto positive = std::lower_bound(positives.begin(), positives.end(), start,
+                                       [](const Positive& p, int64_t key) { return p.key < key; });
+      for (; positive != positives.end() && positive->key < start + columns; ++positive) {
+        float* out = gradient + (positive->key - start) * d;
+        for (int64_t f = 0; f < features; ++f) out[f] += positive->weight * q[f];
       }
     }
   }
 
   const InfoNceProblem& p_;
   const ParallelFor& parallel_for_;
+  const Allocate& allocate_;
   const InfoNceResult& r_;
   int64_t strips_ = 0;
   int64_t features_ = 0;  // d, rounded up to whole panels
-  Buffer logit_panels_;   // keys transposed: [m / kPanel][d, kPanel]
-  Buffer key_panels_;     // [d / kPanel][m, kPanel]
-  Buffer query_panels_;   // of a block, each row times its factor: [d / kPanel][rows, kPanel]
-  Buffer slab_;
-  Buffer factors_;  // w / temperature * exp(largest negative - log-sum-exp), for each row
+  const Group* query_rows_ = nullptr;    // [n, groups of d]
+  const Group* logit_panels_ = nullptr;  // keys transposed: [m / kPanel][groups of d, kPanel]
+  const Group* key_panels_ = nullptr;    // [d / kPanel][groups of m, kPanel]
+  // Of a block, each row times its factor: [d / kPanel][groups of rows, kPanel].
+  Group* query_panels_ = nullptr;
+  float* slab_ = nullptr;
+  float* factors_ = nullptr;  // w / temperature * exp(largest negative - log-sum-exp), of rows
   std::vector<std::vector<Positive>> block_positives_;
   std::vector<double> temperature_terms_;
 };
 
-extern void (*const kRun)(const InfoNceProblem&, const ParallelFor&, const InfoNceResult&);
-void (*const kRun)(const InfoNceProblem&, const ParallelFor&, const InfoNceResult&) =
-    [](const InfoNceProblem& problem, const ParallelFor& parallel_for,
-       const InfoNceResult& result) { Runner(problem, parallel_for, result).Run(); };
+using Run = void (*)(const InfoNceProblem&, const ParallelFor&, const Allocate&,
+                     const InfoNceResult&);
+extern const Run kRun;
+const Run kRun = [](const InfoNceProblem& problem, const ParallelFor& parallel_for,
+                    const Allocate& allocate, const InfoNceResult& result) {
+  Runner(problem, parallel_for, allocate, result).Run();
+};
 
 }  // namespace TFMTSEG_SET
 }  // namespace tfmtseg

@@ -2,8 +2,12 @@
 
 #define EIGEN_USE_THREADS
 
+#include <algorithm>
+#include <atomic>
+#include <functional>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "info_nce_cpu.h"
@@ -57,6 +61,24 @@ absl::Status AsFloat(OpKernelContext* context, const Tensor& rows, Tensor* buffe
   return absl::OkStatus();
 }
 
+// As tfmtseg::ParallelFor. Threads take the next part when they are done with one: parts dealt out
+// beforehand, as Shard does it, leave threads waiting at the end of each of the op's few steps.
+void ShareOut(const DeviceBase::CpuWorkerThreads& threads, int64_t total, int64_t cost,
+              const std::function<void(int64_t, int64_t)>& body) {
+  constexpr int64_t kWorthwhile = 50'000;  // operations, about 1 microsecond
+  const int64_t part = std::max<int64_t>(1, kWorthwhile / std::max<int64_t>(cost, 1));
+  const int64_t parts = (total + part - 1) / part;
+  const int64_t takers = std::min<int64_t>(threads.num_threads, parts);
+  std::atomic<int64_t> next{0};
+  const auto take = [&](int64_t, int64_t) {
+    for (int64_t i = next++; i < parts; i = next++) {
+      body(i * part, std::min(total, (i + 1) * part));
+    }
+  };
+  constexpr int64_t kLarge = int64_t{1} << 40;  // so that each taker is scheduled by itself
+  Shard(threads.num_threads, threads.workers, takers, kLarge, take);
+}
+
 template <typename T, bool gradients>
 class InfoNceOp : public OpKernel {
  public:
@@ -72,6 +94,7 @@ class InfoNceOp : public OpKernel {
     OP_REQUIRES_OK(context,
                    AsFloat<T>(context, context->input(0), &query_buffer, &problem.queries));
     OP_REQUIRES_OK(context, AsFloat<T>(context, context->input(1), &key_buffer, &problem.keys));
+    problem.is_bfloat16 = std::is_same_v<T, bfloat16>;
 
     tfmtseg::InfoNceResult result = {};
     result.with_gradients = gradients;
@@ -88,13 +111,21 @@ class InfoNceOp : public OpKernel {
       result.grad_keys = by_keys.values.template flat<float>().data();
       result.grad_temperature = temperature->flat<float>().data();
     }
-    const auto* threads = context->device()->tensorflow_cpu_worker_threads();
-    const tfmtseg::ParallelFor parallel_for =
-        [threads](int64_t total, int64_t cost, const std::function<void(int64_t, int64_t)>& body) {
-          Shard(threads->num_threads, threads->workers, total, cost, body);
-        };
+    const tfmtseg::ParallelFor parallel_for = [context](
+                                                  int64_t total, int64_t cost,
+                                                  const std::function<void(int64_t, int64_t)>& body) {
+      ShareOut(*context->device()->tensorflow_cpu_worker_threads(), total, cost, body);
+    };
+    std::vector<Tensor> workspace;
+    const tfmtseg::Allocate allocate = [context, &workspace](int64_t bytes) -> void* {
+      Tensor& memory = workspace.emplace_back();
+      if (!context->allocate_temp(DT_INT8, TensorShape({bytes}), &memory).ok()) {
+        throw std::bad_alloc();
+      }
+      return memory.flat<int8_t>().data();
+    };
     try {
-      tfmtseg::InfoNceCpu(problem, parallel_for, result);
+      tfmtseg::InfoNceCpu(problem, parallel_for, allocate, result);
     } catch (const std::bad_alloc&) {
       context->CtxFailure(absl::ResourceExhaustedError(
           absl::StrCat("info_nce: not enough memory for queries of shape ",

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import tfmtseg  # noqa: F401  before any test imports tensorflow, as the README asks of users
+import tfmtseg  # noqa: F401  # isort: skip  before tensorflow, as users are asked to
+import tensorflow as tf
+
+tf.config.list_physical_devices()  # says once that there is no GPU; not amid a test's output
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

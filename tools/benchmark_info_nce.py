@@ -9,7 +9,6 @@ peak memory that a call takes beyond its inputs.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -29,6 +28,7 @@ _OUTPUT = flags.DEFINE_string("output", "", "A Markdown file for the table.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the script itself.")
 
 NAMES = ("unfused", "xla", "chunked", "native", "native_bfloat16", "torch")
+RATIOS = (("native", "chunked"), ("native_bfloat16", "native"))
 TEMPERATURE = 0.1
 
 
@@ -79,7 +79,13 @@ def make(name: str) -> Callable[[int, int], Callable[[], None]]:
 
     loss = unfused if name in ("unfused", "xla") else fused
 
-    @tf.function(jit_compile=name == "xla")
+    free = tf.TensorSpec([None, None], tf.bfloat16 if name.endswith("bfloat16") else tf.float32)
+
+    @tf.function(
+        jit_compile=name == "xla",
+        # XLA compiles for each size, the others trace once.
+        input_signature=None if name == "xla" else [free, free, tf.TensorSpec([])],
+    )
     def gradients(*inputs: tf.Tensor) -> list[tf.Tensor]:
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -87,8 +93,7 @@ def make(name: str) -> Callable[[int, int], Callable[[], None]]:
         return [value, *tape.gradient(value, inputs)]
 
     def prepare(size: int, features: int) -> Callable[[], None]:
-        dtype = tf.bfloat16 if name.endswith("bfloat16") else tf.float32
-        q, k = (tf.cast(tf.constant(x), dtype) for x in rows(size, features))
+        q, k = (tf.cast(tf.constant(x), free.dtype) for x in rows(size, features))
         temperature = tf.constant(TEMPERATURE)
         return lambda: gradients(q, k, temperature)[0].numpy()
 
@@ -101,36 +106,34 @@ def memory(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def work(name: str) -> None:
-    """Answers each line `size features` with the seconds and KiB of one call."""
+def work(name: str, size: int, features: int) -> None:
+    """Answers each line with the seconds of a call, and the KiB that the first one took."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     prepare = make(name)
-    c_library = ctypes.CDLL(None)
-    calls: dict[str, Callable[[], None]] = {}
+    # TensorFlow keeps memory that it has had once, so only the first call shows the peak;
+    # smaller calls before it take tracing and starting threads out of the figure.
+    for small in (16, 32):
+        prepare(small, features)()
+    call = prepare(size, features)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    before = memory("VmRSS")
+    call()
+    kib = memory("VmHWM") - before
     print("ready", file=answers)
-    for line in sys.stdin:
-        if line not in calls:
-            calls.clear()
-            calls[line] = prepare(*map(int, line.split()))
-            calls[line]()
-        c_library.malloc_trim(0)  # what earlier calls left behind
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-        before = memory("VmRSS")
+    for _ in sys.stdin:
         start = time.perf_counter()
-        calls[line]()
-        seconds = time.perf_counter() - start
-        answer = {"seconds": seconds, "kib": memory("VmHWM") - before}
-        print(json.dumps(answer), file=answers)
+        call()
+        print(json.dumps({"seconds": time.perf_counter() - start, "kib": kib}), file=answers)
 
 
 class Worker:
-    """A process that runs one implementation."""
+    """A process that runs one implementation at one size."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, size: int, features: int):
         command = [sys.executable, __file__, f"--worker={name}"]
         self.process = subprocess.Popen(
-            command,
+            [*command, f"--sizes={size}", f"--features={features}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # a pipe that nobody reads would fill up
@@ -138,9 +141,9 @@ class Worker:
         )
         self.ready = self.process.stdout.readline().strip() == "ready"
 
-    def call(self, size: int, features: int) -> dict[str, float]:
+    def call(self) -> dict[str, float]:
         """One timed call."""
-        self.process.stdin.write(f"{size} {features}\n")
+        self.process.stdin.write("go\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
@@ -158,45 +161,55 @@ def processor() -> str:
 
 def compare() -> str:
     """Measures and returns the table."""
-    features = _FEATURES.value
-    workers = {name: Worker(name) for name in NAMES}
-    absent = [name for name, worker in workers.items() if not worker.ready]
-    workers = {name: worker for name, worker in workers.items() if worker.ready}
+    features, rounds = _FEATURES.value, _ROUNDS.value
     lines = [
         f"Machine: {processor()}, {len(os.sched_getaffinity(0))} cores, "
-        f"Python {platform.python_version()}. D = {features}, float32, forward and backward, "
-        f"{_ROUNDS.value} calls each, taking turns.",
+        f"Python {platform.python_version()}. D = {features}, forward and backward; median of "
+        f"{rounds} calls of each, taking turns, and the memory beyond inputs that the first took.",
         "",
-        "| N | " + " | ".join(workers) + " | native against chunked |",
-        "|---|" + "---|" * (len(workers) + 1),
     ]
+    absent: set[str] = set()
     for size in map(int, _SIZES.value):
+        workers = {}
+        for name in NAMES:  # one after the other: starting takes much of the processor
+            if name not in absent:
+                workers[name] = Worker(name, size, features)
+        absent |= {name for name, worker in workers.items() if not worker.ready}
+        workers = {name: worker for name, worker in workers.items() if worker.ready}
         results: dict[str, list] = {name: [] for name in workers}
-        for _ in range(_ROUNDS.value):
+        for _ in range(rounds):
             for name, worker in workers.items():
-                results[name].append(worker.call(size, features))
-        seconds = {n: np.median([r["seconds"] for r in found]) for n, found in results.items()}
-        mib = {n: max(r["kib"] for r in found) / 1024 for n, found in results.items()}
-        cells = [f"{1000 * seconds[n]:.1f} ms, {mib[n]:.0f} MiB" for n in workers]
-        ratio = np.median(
-            [
-                a["seconds"] / b["seconds"]
-                for a, b in zip(results["chunked"], results["native"], strict=True)
+                results[name].append(worker.call())
+        for worker in workers.values():
+            worker.stop()
+        if len(lines) == 2:
+            lines += [
+                "| N | " + " | ".join(workers) + " | native against chunked | bfloat16 against "
+                "float32 |",
+                "|---|" + "---|" * (len(workers) + 2),
             ]
-        )
-        lines.append(f"| {size} | " + " | ".join(cells) + f" | {ratio:.2f} x faster |")
+        seconds = {n: np.median([r["seconds"] for r in found]) for n, found in results.items()}
+        cells = [
+            f"{1000 * seconds[n]:.1f} ms, {results[n][0]['kib'] / 1024:.0f} MiB" for n in workers
+        ]
+        cells += [_times_faster(results, *pair) for pair in RATIOS]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
-    for worker in workers.values():
-        worker.stop()
     if absent:
-        lines += ["", f"Not here: {', '.join(absent)}."]
+        lines += ["", f"Not here: {', '.join(sorted(absent))}."]
     return "\n".join(lines)
+
+
+def _times_faster(results: dict[str, list], one: str, other: str) -> str:
+    """Median over the rounds of how many times faster `one` was than `other`."""
+    pairs = zip(results[one], results[other], strict=True)
+    return f"{np.median([b['seconds'] / a['seconds'] for a, b in pairs]):.2f} x faster"
 
 
 def main(_: list[str]) -> None:
     """Runs the comparison, or one side of it."""
     if _WORKER.value:
-        work(_WORKER.value)
+        work(_WORKER.value, int(_SIZES.value[0]), _FEATURES.value)
         return
     table = compare()
     print(f"\n{table}")

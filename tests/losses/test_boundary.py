@@ -79,7 +79,9 @@ def test_nested_regions_have_a_boundary_each():
 
 @pytest.mark.parametrize("regions", [BRATS, Regions.exclusive(["a", "b", "c", "d"])])
 def test_boundary_is_the_mask_without_its_erosion(regions):
-    labels = np.random.default_rng(0).choice([0, 1, 2, 4], p=[0.1, 0.1, 0.2, 0.6], size=(2, 6, 7, 8))
+    labels = np.random.default_rng(0).choice(
+        [0, 1, 2, 4], p=[0.1, 0.1, 0.2, 0.6], size=(2, 6, 7, 8)
+    )
     expected = np.stack(
         [
             # Beyond the patch counts as inside.

@@ -254,6 +254,7 @@ def test_up_block_is_its_three_parts():
     y = block(x)
     assert tuple(y.shape) == tuple(block.compute_output_shape(x.shape)) == (1, 6, 2, 8, 8)
     kernel, bias = block.reduce.get_weights()
-    np.testing.assert_allclose(y, block.block(align_corners(x @ kernel[0, 0, 0] + bias, (2, 1, 2))),
-                               rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        y, block.block(align_corners(x @ kernel[0, 0, 0] + bias, (2, 1, 2))), rtol=1e-3, atol=1e-4
+    )
     assert UpBlock.from_config(block.get_config()).get_config() == block.get_config()

@@ -109,7 +109,9 @@ def test_losses_in_float64(regions, heads):
             # Inner boundary: a neighbour along some axis differs; beyond the patch none.
             padded = np.pad(mask, 1, mode="edge")
             neighbours = [
-                np.roll(padded, sign, axis)[1:-1, 1:-1, 1:-1] for axis in range(3) for sign in (1, -1)
+                np.roll(padded, sign, axis)[1:-1, 1:-1, 1:-1]
+                for axis in range(3)
+                for sign in (1, -1)
             ]
             t = mask & ~np.all(neighbours, axis=0)
             p = 1 / (1 + np.exp(-logits[volume, ..., i]))

@@ -126,6 +126,10 @@ def test_a_loss_is_refused():
 
 def test_xla_is_off_unless_asked_for(model):
     assert not model.jit_compile
+    model.compile(jit_compile="auto")  # Keras 3's default
+    assert not model.jit_compile
+    with pytest.raises(ValueError, match=r"jit_compile: value is True, must be False with a cont"):
+        model.compile(jit_compile=True)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +199,9 @@ def test_the_variational_branch_learns_from_all_volumes_in_one_pass():
 
 
 def test_the_variational_branch_must_know_the_size():
-    with pytest.raises(ValueError, match=r"must be known and multiples of \(8, 8, 8\).*model.build"):
+    with pytest.raises(
+        ValueError, match=r"must be known and multiples of \(8, 8, 8\).*model.build"
+    ):
         make("vaeseg").build((None, None, None, None, 1))
 
 

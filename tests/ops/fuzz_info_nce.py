@@ -17,7 +17,7 @@ from tfmtseg.ops import library  # isort: skip  before tensorflow
 
 import tensorflow as tf
 
-SIZES = [0, 1, 2, 3, 5, 17, 47, 64, 65]
+SIZES = [0, 1, 2, 3, 5, 17, 47, 64, 65, 200]  # more than one task and strip
 EXTREMES = [0, 1, -1, 2**31 - 1, -(2**31)]
 TYPES = [tf.float32, tf.float16, tf.bfloat16]
 

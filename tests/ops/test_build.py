@@ -159,7 +159,7 @@ def test_a_failed_compilation(cache, plain_sources):
     assert message.startswith("building the native op library: g++ fails with status 1\n")
     assert f"-c {plain_sources}/wrong_cpu.cc -o " in message  # the command
     assert "error: 'no_such_name' was not declared in this scope" in message
-    assert message.splitlines()[-1].startswith("Fix: install g++ 9 or newer (Debian, Ubuntu: apt-")
+    assert message.splitlines()[-1].startswith("Fix: install g++ 10 or newer (Debian, Ubuntu: apt-")
     assert list(cache.iterdir()) == [cache / "lock"]
 
 

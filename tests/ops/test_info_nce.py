@@ -283,6 +283,36 @@ def test_half_precision_is_computed_in_float32(dtype, normalize, implementation)
     np.testing.assert_allclose(result, by_hand(*wide, **options), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (7, 13, 5), (48, 192, 32), (49, 385, 64), (252, 507, 123)]
+)
+@pytest.mark.parametrize("kind", ["plain", "ids", "labels"])
+def test_products_of_bfloat16(size, kind):
+    """The native op may multiply bfloat16 numbers as such, where the processor can."""
+    queries, keys, positives = arrays(*size)
+    queries, keys = (
+        tf.cast(rows / np.linalg.norm(rows, axis=1, keepdims=True), tf.bfloat16)
+        for rows in (queries, keys)
+    )
+    options = {"normalize": False, **comparisons(kind, *size[:2], positives)}
+
+    def loss_and_gradients(queries, keys, implementation):
+        with tf.GradientTape() as tape:
+            tape.watch([queries, keys])
+            losses = info_nce(queries, keys, **options, implementation=implementation)
+        return losses, tape.gradient(losses, [queries, keys])
+
+    losses, gradients = loss_and_gradients(queries, keys, "native")
+    wide = [tf.cast(rows, tf.float32) for rows in (queries, keys)]
+    expected, wide_gradients = loss_and_gradients(*wide, "reference")
+    # Products of bfloat16 numbers are exact in float32 ...
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    for gradient, exact in zip(gradients, wide_gradients, strict=True):
+        # ... gradients are made of weights rounded to 8 bits, and rounded so themselves.
+        error = np.linalg.norm(tf.cast(gradient, tf.float32) - exact)
+        assert error <= 5e-3 * np.linalg.norm(exact)
+
+
 @both
 def test_inside_a_graph_with_unknown_sizes(implementation):
     @tf.function(

@@ -114,6 +114,7 @@ class ContrastiveBranch(Branch):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        self.supports_jit = False  # the op has no XLA form; Keras 3 then compiles without XLA
         if form not in ("repaired", "paper"):
             raise ValueError(
                 f"form: value is {form!r}, must be 'repaired' or 'paper'. "

@@ -171,12 +171,13 @@ class Segmenter(keras.Model):
                 "Segmenter carries the losses of its method."
             )
         contrastive = isinstance(self.branch, ContrastiveBranch)
-        if contrastive and kwargs.get("jit_compile") not in (None, False):
+        if contrastive and kwargs.get("jit_compile") is True:
             raise ValueError(
                 f"jit_compile: value is {kwargs['jit_compile']!r}, must be False with a "
                 "contrastive branch, whose op has no XLA form. Fix: leave it out."
             )
-        super().compile(optimizer=optimizer, **{"jit_compile": False, **kwargs})
+        kwargs["jit_compile"] = kwargs.get("jit_compile") is True
+        super().compile(optimizer=optimizer, **kwargs)
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """See the class."""

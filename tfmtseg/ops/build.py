@@ -49,13 +49,13 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
+_AVX2 = ("-mavx2", "-mfma")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw")
 ISA_FLAGS = {
     "generic": (),
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": (
-        *("-mavx512f", "-mavx512dq", "-mavx512vl", "-mavx512bw"),
-        *("-mfma", "-mavx2"),
-    ),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
 }
 NVCC_FLAGS = ("-O3", "-DNDEBUG", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
@@ -63,7 +63,7 @@ ARCHITECTURES = (80, 90)  # and PTX of the newest, for GPUs to come
 OLDEST_ARCHITECTURE = 75  # the oldest that nvcc 13 knows
 
 _REFERENCE = 'or use implementation="reference"'
-_INSTALL_COMPILER = f"install g++ 9 or newer (Debian, Ubuntu: apt-get install g++), {_REFERENCE}"
+_INSTALL_COMPILER = f"install g++ 10 or newer (Debian, Ubuntu: apt-get install g++), {_REFERENCE}"
 _INSTALL_NVCC = (
     "install the CUDA toolkit, 12 or newer, with nvcc on PATH, or build without CUDA "
     "(python -m tfmtseg.ops.build --no-cuda, then set TFMTSEG_NATIVE_OPS=0)"
