@@ -30,8 +30,11 @@ class Segmenter(keras.Model):
     A plain Keras model: `compile(optimizer)`, `fit(dataset)`, `evaluate`, `predict`.
     It carries its own losses. A dataset yields `(images, labels)`, or
     `(images, labels, labeled)` where `labeled` is 1 for volumes whose labels count and
-    0 for unlabelled ones: their labels are ignored, and the branch learns from them. In
-    a batch without any, it learns from the labelled ones.
+    0 for unlabelled ones: their labels are ignored, but a branch may learn from them.
+    The contrastive branch learns from these alone (in a batch without any, from the
+    labelled ones), the variational branch from all volumes, the boundary branch from
+    those with a label. `vaeseg` and `cpcseg` are `ssvaeseg` and `sscpcseg` where the
+    dataset yields labelled volumes only.
 
     Args:
         regions: What is segmented: a `Regions`, its configuration, or the number of
@@ -44,7 +47,8 @@ class Segmenter(keras.Model):
         contrastive_form: `"repaired"` or `"paper"`, see `ContrastiveBranch`.
         predictor_blocks: Residual blocks of the contrastive branch's predictor.
         branch_weight: Factor of the branch's loss. Defaults to 0.1 for the repaired
-            and 0.001 for the paper's contrastive form.
+            and 0.001 for the paper's contrastive form, 0.1 for the variational and 1
+            for the boundary branch.
         seed: Seed of dropout and sampling. Both depend on it and on the number of
             updates made, and on nothing else.
         **kwargs: As for every Keras model.
