@@ -19,6 +19,21 @@ def test_preset_is_the_decathlons_numbering():
     assert Regions.parse("WT = 1, 2,3; TC=2 ,3; ET=3") == BRATS
 
 
+def test_both_numberings_show_the_same_tumour():
+    # Oedema, non-enhancing core, enhancing: 1, 2, 3 in the Decathlon, 2, 1, 4 in BraTS.
+    tumour = np.array([0, 1, 2, 3])
+    masks = Regions.parse("brats_124").masks(np.array([0, 2, 1, 4])[tumour])
+    np.testing.assert_array_equal(masks, BRATS.masks(tumour))
+
+
+def test_label_maps_are_written_in_the_numbering_of_their_preset():
+    regions = Regions.parse("brats_124")
+    truth = np.array([0, 2, 1, 4])
+    inside = regions.masks(truth)[..., None]
+    logits = np.concatenate([~inside, inside], -1).reshape(4, 6).astype(float)
+    np.testing.assert_array_equal(regions.label_map(logits), truth)
+
+
 def test_presets_are_valid():
     for name in PRESETS:
         assert Regions.parse(name).nested

@@ -16,7 +16,9 @@ _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Folder with dataset.json, or with NIfTI images.", required=True
 )
 _REGIONS = flags.DEFINE_string(
-    "regions", None, "Regions that will be segmented (brats_msd, or WT=1,2,3;TC=2,3;ET=3)."
+    "regions",
+    None,
+    "Regions that will be segmented (brats_msd, brats_124, or WT=1,2,3;TC=2,3;ET=3).",
 )
 
 

@@ -6,7 +6,7 @@ import scipy.ndimage
 import tensorflow as tf
 
 from tfmtseg.compat import keras
-from tfmtseg.models.blocks import GroupNormReLU, ResidualBlock, Upsample, group_norm_relu
+from tfmtseg.models.blocks import GroupNormReLU, ResidualBlock, UpBlock, Upsample, group_norm_relu
 
 SHAPE = (2, 3, 4, 5, 16)
 
@@ -246,3 +246,15 @@ def test_upsample_config_and_unknown_output_shape():
     assert tuple(layer.compute_output_shape((None, None, 4, 5, 8))) == (None, None, 8, 5, 8)
     y = Upsample(dtype="mixed_bfloat16")(tf.ones((1, 2, 2, 2, 1)))
     assert y.dtype == tf.bfloat16
+
+
+def test_up_block_is_its_three_parts():
+    x = np.random.default_rng(0).normal(size=(1, 3, 2, 4, 16)).astype(np.float32)
+    block = UpBlock(8, (2, 1, 2))
+    y = block(x)
+    assert tuple(y.shape) == tuple(block.compute_output_shape(x.shape)) == (1, 6, 2, 8, 8)
+    kernel, bias = block.reduce.get_weights()
+    np.testing.assert_allclose(
+        y, block.block(align_corners(x @ kernel[0, 0, 0] + bias, (2, 1, 2))), rtol=1e-3, atol=1e-4
+    )
+    assert UpBlock.from_config(block.get_config()).get_config() == block.get_config()

@@ -9,7 +9,10 @@ import tensorflow as tf
 from tfmtseg import Regions, Segmenter
 from tfmtseg.compat import keras
 from tfmtseg.losses.segmentation import SegmentationLoss
+from tfmtseg.models.boundary_branch import BoundaryBranch
+from tfmtseg.models.contrastive_branch import ContrastiveBranch
 from tfmtseg.models.methods import METHODS
+from tfmtseg.models.vae_branch import VAEBranch
 
 CROP = (8, 8, 16)  # 3 cubes of edge 8
 IN_PLANE = ((2, 2, 1), (2, 2, 1), (2, 2, 2))
@@ -85,16 +88,23 @@ def restore(model, start):
 
 
 def test_methods():
-    assert set(METHODS) == {"encdec", "cpcseg", "sscpcseg", "bcp", "bcpcpcseg"}
-    assert make("encdec").branch is None
-    assert make("cpcseg").branch is not None
-    assert not METHODS["cpcseg"].uses_unlabelled
+    branches = {"encdec": None, "vaeseg": VAEBranch, "boundseg": BoundaryBranch}
+    branches |= {"cpcseg": ContrastiveBranch, "ssvaeseg": VAEBranch, "sscpcseg": ContrastiveBranch}
+    branches |= {"bcp": None, "bcpcpcseg": ContrastiveBranch}
+    assert set(branches) == set(METHODS)
+    for method, branch in branches.items():
+        assert METHODS[method].uses_unlabelled == method.startswith(("ss", "bcp"))
+        model = make(method)
+        assert model.branch is None if branch is None else isinstance(model.branch, branch)
     with pytest.raises(ValueError, match=r"method: value is 'unet', must be one of .*Fix: "):
         make("unet")
 
 
-def test_branch_weight_defaults_to_its_form():
+def test_branch_weight_defaults_to_its_branch():
     assert make().branch_weight == 0.1
+    assert make("vaeseg").branch_weight == make("ssvaeseg").branch_weight == 0.1
+    assert make("boundseg").branch_weight == 1.0
+    assert make("encdec").branch_weight is None
     assert make(contrastive_form="paper").branch_weight == 0.001
     assert make(branch_weight=0.0).branch_weight == 0.0
 
@@ -170,6 +180,43 @@ def test_the_branch_learns_from_the_unlabelled_where_there_are_any(model):
     assert cpc_loss(images, labeled) == pytest.approx(cpc_loss(with_other_labelled, labeled))
     both = tf.ones(2)
     assert cpc_loss(images, both) != pytest.approx(cpc_loss(with_other_labelled, both), rel=1e-3)
+
+
+def test_the_variational_branch_learns_from_all_volumes_in_one_pass():
+    """Labelled and unlabelled alike; the encoder sees every volume once."""
+    model = compiled("ssvaeseg", dropout=0.0)
+    seen = []
+    encode = model.encoder.call
+    model.encoder.call = lambda images, seed=None: seen.append(len(images)) or encode(images, seed)
+    images, labels, labeled = batch([1, 0, 1])
+    shown = model._forward((images, labels, labeled), training=False)[1]
+    assert seen == [3]
+    model.encoder.call = encode
+    redrawn = model.branch(model.encoder(images)["h3"])["reconstruction"]
+    error = np.mean(np.square(np.float64(images) - np.float64(redrawn)))
+    assert float(shown["vae_reconstruction"]) == pytest.approx(error, rel=1e-5)
+    per_volume = SegmentationLoss(model.regions)(labels, model(images)).numpy()
+    assert float(shown["seg_loss"]) == pytest.approx(per_volume[[0, 2]].mean(), rel=1e-4)
+
+
+def test_the_variational_branch_must_know_the_size():
+    with pytest.raises(
+        ValueError, match=r"must be known and multiples of \(8, 8, 8\).*model.build"
+    ):
+        make("vaeseg").build((None, None, None, None, 1))
+
+
+def test_sampling_follows_seed_and_step():
+    model = compiled("vaeseg", dropout=0.0)
+
+    def reconstruction(training: bool = True) -> float:
+        return float(model._forward(batch([1]), training)[1]["vae_reconstruction"])
+
+    first = reconstruction()
+    assert first == reconstruction()
+    model.optimizer.iterations.assign(7)
+    assert abs(first - reconstruction()) > 1e-4
+    assert reconstruction(False) == reconstruction(False)
 
 
 def test_a_batch_without_labels_moves_encoder_and_branch_alone(model):

@@ -27,7 +27,12 @@ from tfmtseg.metrics.scores import CaseScores
 from tfmtseg.regions import Regions
 
 _PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}  # by the axis that is cut
-_LOSS_NAMES = {"seg_loss": "Segmentation loss", "cpc_loss": "Contrastive loss (InfoNCE)"}
+_LOSS_NAMES = {
+    "seg_loss": "Segmentation loss",
+    "cpc_loss": "Contrastive loss (InfoNCE)",
+    "vae_loss": "Variational loss (reconstruction and KL divergence)",
+    "boundary_loss": "Boundary loss (soft Dice and cross-entropy)",
+}
 _CHANCE = {"cpc_loss": "cpc_chance"}  # what a loss is when nothing was learned
 
 

@@ -33,8 +33,11 @@ class Segmenter(keras.Model):
     A plain Keras model: `compile(optimizer)`, `fit(dataset)`, `evaluate`, `predict`.
     It carries its own losses. A dataset yields `(images, labels)`, or
     `(images, labels, labeled)` where `labeled` is 1 for volumes whose labels count and
-    0 for unlabelled ones: their labels are ignored, and the branch learns from them. In
-    a batch without any, it learns from the labelled ones.
+    0 for unlabelled ones: their labels are ignored, but a branch may learn from them.
+    The contrastive branch learns from these alone (in a batch without any, from the
+    labelled ones), the variational branch from all volumes, the boundary branch from
+    those with a label. `vaeseg` and `cpcseg` are `ssvaeseg` and `sscpcseg` where the
+    dataset yields labelled volumes only.
 
     Args:
         regions: What is segmented: a `Regions`, its configuration, or the number of
@@ -49,7 +52,8 @@ class Segmenter(keras.Model):
             `DenseContrastiveBranch`.
         predictor_blocks: Residual blocks of the contrastive branch's predictor.
         branch_weight: Factor of the branch's loss. Defaults to 0.1 for the repaired
-            and 0.001 for the paper's contrastive form.
+            and 0.001 for the paper's contrastive form, 0.1 for the variational and 1
+            for the boundary branch.
         teacher_momentum: Momentum of the teacher's weights, see `Teacher`.
         teacher_start: Updates before the teacher labels patches, at least one; until
             then, labelled patches are mixed with each other. `tfmtseg-train` takes a

@@ -40,7 +40,9 @@ class TrainConfig:
     seed: int = _setting(0, "Seed of weights, labelled cases, crops, augmentation and dropout.")
 
     regions: str = _setting(
-        "", "Nested regions: brats_msd, or WT=1,2,3;TC=2,3;ET=3. Default: one class per label."
+        "",
+        "Nested regions: brats_msd or brats_124 (by the numbering of tumour labels), or "
+        "WT=1,2,3;TC=2,3;ET=3. Default: one class per label.",
     )
     num_labeled: int = _setting(0, "Labelled cases to train on; 0 takes all of the pool.")
     count_subjects: bool = _setting(

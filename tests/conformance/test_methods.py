@@ -1,0 +1,181 @@
+"""One list of checks over every method; a new one takes part by being in the list."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg import Regions, Segmenter
+from tfmtseg.compat import keras
+from tfmtseg.models.methods import METHODS
+
+CROP = (8, 8, 16)
+NESTED = Regions.parse("brats_124")
+EXCLUSIVE = Regions.exclusive(["a", "b", "c"])
+
+# Branches that learn nothing from a volume without a label.
+NEED_LABELS = (None, "boundary")
+# Branches whose features the head sees, in inference too.
+FEED_THE_HEAD = ("boundary",)
+
+
+def make(method: str, regions: Regions = NESTED, width: int = 8) -> Segmenter:
+    keras.utils.set_random_seed(3)
+    model = Segmenter(
+        regions=regions, method=method, width=width, cube_size=8, predictor_blocks=1, seed=4
+    )
+    model.build((None, *CROP, 2))
+    return model
+
+
+def batch(labeled: list[int], regions: Regions = NESTED) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Images that show their labels, in blocks of 2 voxels, so that regions have an inside."""
+    rng = np.random.default_rng(0)
+    values = [0, *sorted({value for values in regions.members for value in values})]
+    labels = rng.choice(values, size=(len(labeled), *(size // 2 for size in CROP)))
+    for axis in (1, 2, 3):
+        labels = labels.repeat(2, axis)
+    images = labels[..., None] + rng.normal(size=(*labels.shape, 2))
+    return (
+        tf.constant(images, tf.float32),
+        tf.constant(labels, tf.uint8),
+        tf.constant(labeled, tf.float32),
+    )
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def compiled(request) -> tuple[Segmenter, list[np.ndarray]]:
+    """A model for each method, and its weights at the start."""
+    model = make(request.param)
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    model.optimizer.build(model.trainable_variables)
+    return model, model.get_weights()
+
+
+@pytest.fixture
+def model(compiled) -> Segmenter:
+    """That model, as it was at the start."""
+    model, start = compiled
+    model.set_weights(start)
+    model.optimizer.iterations.assign(0)
+    for metric in model.metrics:
+        metric.reset_state()
+    return model
+
+
+def parts(model: Segmenter) -> dict[str, list[np.ndarray]]:
+    layers = {
+        "encoder": model.encoder, "decoder": model.decoder,
+        "head": model.head, "branch": model.branch,
+    }  # fmt: skip
+    return {name: layer.get_weights() for name, layer in layers.items() if layer is not None}
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    """Names of the parts of which any weight changed."""
+    return {
+        name
+        for name, weights in before.items()
+        if any(not np.array_equal(a, b) for a, b in zip(weights, after[name], strict=True))
+    }
+
+
+@pytest.mark.parametrize("labeled", [[1, 1], [1, 0], [0, 0]], ids=["labelled", "mixed", "none"])
+def test_an_update_moves_what_it_should(model, labeled):
+    before = parts(model)
+    logs = {name: float(value) for name, value in model.train_step(batch(labeled)).items()}
+    assert all(np.isfinite(value) for value in logs.values())
+    expected = set(before)
+    if not any(labeled):
+        assert logs["seg_loss"] == 0
+        learns = METHODS[model.method].branch not in NEED_LABELS
+        expected = {"encoder", "branch"} if learns else set()
+        assert (logs["loss"] > 0) == learns
+    assert moved(before, parts(model)) == expected
+
+
+def test_losses_add_up(model):
+    logs = {name: float(value) for name, value in model.test_step(batch([1, 0])).items()}
+    total = logs["seg_loss"] + logs.get("mix_loss", 0.0)
+    if model.branch is not None:
+        total += model.branch_weight * logs[f"{model.branch.prefix}_loss"]
+    assert logs["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def test_inference_knows_of_no_branch_but_where_it_feeds_the_head(model):
+    images = batch([1])[0]
+    logits = model(images)
+    assert (logits.shape, logits.dtype) == ((1, *CROP, NESTED.num_outputs), tf.float32)
+    if model.branch is not None:
+        rng = np.random.default_rng(1)
+        weights = model.branch.get_weights()
+        model.branch.set_weights([w + rng.normal(size=np.shape(w)) for w in weights])
+    same = np.array_equal(logits, model(images))
+    assert same == (METHODS[model.method].branch not in FEED_THE_HEAD)
+
+
+def test_config_and_weights_survive_files(model, tmp_path):
+    config = json.loads(json.dumps(model.get_config()))
+    keras.utils.set_random_seed(99)  # other initial weights
+    again = Segmenter.from_config(config)
+    assert again.get_config() == model.get_config()
+    again.build((None, *CROP, 2))
+    images = batch([1])[0]
+    assert np.abs(again(images) - model(images)).max() > 1e-3
+    model.save_weights(tmp_path / "model.weights.h5")
+    again.load_weights(tmp_path / "model.weights.h5")
+    assert len(again.get_weights()) == len(model.get_weights())
+    for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(again(images), model(images))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_reach_every_trainable_weight(method):
+    # At width 8, a group of the first level's GroupNorm is one channel, and the bias of
+    # the convolution before it has no effect; at 16 there is no such exception.
+    model = make(method, width=16)
+    with tf.GradientTape() as tape:
+        loss = model._forward(batch([1, 0]), training=True)[0]
+    gradients = tape.gradient(loss, model.trainable_variables)
+    sizes = [0.0 if gradient is None else np.abs(gradient).max() for gradient in gradients]
+    for variable, size in zip(model.trainable_variables, sizes, strict=True):
+        # Well above what float32 leaves of a gradient that is mathematically 0.
+        assert size > 1e-6 * max(sizes), getattr(variable, "path", variable.name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fit(method):
+    # Building a graph takes most of the time: `evaluate` and `predict` are left to the
+    # tests of Segmenter.
+    model = make(method, EXCLUSIVE)
+    model.compile(optimizer=keras.optimizers.Adam(1e-3))
+    dataset = tf.data.Dataset.from_tensor_slices(batch([1, 0] * 2, EXCLUSIVE))
+    data = dataset.batch(2, drop_remainder=True)
+    history = model.fit(data, verbose=0, shuffle=False).history
+    assert all(np.isfinite(values).all() for values in history.values())
+    assert int(model.optimizer.iterations) == 2
+    assert {"loss", "seg_loss", "dice_a", "dice_b", "dice_c"} <= set(history)
+    if model.branch is not None:
+        assert {f"{model.branch.prefix}_{name}" for name in model.branch.shown} <= set(history)
+
+
+@pytest.fixture
+def mixed_precision():
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    yield
+    keras.mixed_precision.set_global_policy("float32")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mixed_precision(method, mixed_precision):
+    model = make(method)
+    _, shown, _ = model._forward(batch([1, 0]), training=True)
+    for name, value in shown.items():
+        assert value.dtype == tf.float32, name
+        assert np.isfinite(value), name
+    assert model(batch([1])[0]).dtype == tf.float32
+    assert {tf.as_dtype(weight.dtype) for weight in model.trainable_weights} == {tf.float32}
