@@ -59,8 +59,8 @@ def test_no_axis_gets_much_longer_voxels_than_the_rest_by_halving():
         after = spacing_mm.copy()
         for factors in choose_strides(spacing_mm, (512, 512, 512)):
             after = after * factors
-        # What is halved was less than twice the shortest, so that it ends below four
-        # times the shortest of the level before, which doubled too.
+        # Axes that are halved together keep their ratio, which is below 2; an axis that is
+        # not comes closer to those that are.
         assert after.max() / after.min() < max(2.0, before) + 1e-6
 
 
