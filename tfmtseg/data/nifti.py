@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
+from nibabel.spatialimages import HeaderDataError
 
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import atomic_path
@@ -665,7 +666,7 @@ def _check_matrix(path: Path, matrix: np.ndarray, geometry: Geometry) -> None:
 def _warn_about_qform(path: Path, geometry: Geometry) -> None:
     try:
         distance = _displacement(geometry.header().get_qform(), geometry.affine, geometry.shape)
-    except ValueError:
+    except (ValueError, HeaderDataError):  # no rotation, or a negative voxel size
         distance = np.inf
     if distance > AFFINE_TOLERANCE * np.linalg.norm(geometry.affine[:3, :3], axis=0).min():
         _warn(path, f"qform and sform disagree by {distance:.3g} mm; the sform is used")
