@@ -117,7 +117,7 @@ class TestDecathlon:
             ('{"training": ' + "[" * 50 + "]" * 50 + "}", "nested"),
             ('{"training": [1], "training": []}', "holding training twice"),
             ('{"numTraining": ' + "9" * 5000 + "}", "4300 digits"),
-            (" " * 2**23 + "{}", "at most 8388608 (the limit)"),
+            (" " * 2**22 + "{}", "at most 4194304 (the limit)"),
         ],
         ids=["empty", "truncated", "list", "deep", "less deep", "repeated key", "number", "large"],
     )
@@ -126,6 +126,7 @@ class TestDecathlon:
         (text,) = problems(folder.root)
         assert text.startswith(f"{folder.root}/dataset.json: ")
         assert words in text
+        assert text.count("Fix: ") == 1
 
     @pytest.mark.parametrize("target", ["nope", "dataset.json", "../dataset.json"])
     def test_a_description_that_is_a_link(self, folder, target):

@@ -28,7 +28,7 @@ from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import write_text
 from tfmtseg.regions import Regions
 
-MAX_JSON_BYTES = 2**23  # of a dataset.json, which costs up to 30 times as much memory
+MAX_JSON_BYTES = 2**22  # of a dataset.json, which costs up to 30 times as much memory
 MAX_JSON_DEPTH = 20
 MAX_CASES = 50_000
 
@@ -224,13 +224,14 @@ def _read_json(root: _Root, path: Path) -> dict[str, Any]:
         raise _link_outside(path, "file")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = _repeated([key for key, _ in pairs])
-        if twice:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = _repeated([key for key, _ in pairs])
             raise InputError(
                 path, "JSON", f"holding {', '.join(twice)} twice", "an object with distinct keys",
                 "remove one of the two entries",
             )  # fmt: skip
-        return dict(pairs)
+        return content
 
     fix = "correct the file, or restore it from where it came"
     try:
@@ -244,6 +245,8 @@ def _read_json(root: _Root, path: Path) -> dict[str, Any]:
         if not text.strip():
             raise InputError(path, "file", "empty", "a JSON object", fix)
         content = json.loads(text, object_pairs_hook=unique)
+    except InputError:  # which is a ValueError
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, "file", f"unreadable ({error})", "UTF-8 text", fix) from None
     except json.JSONDecodeError as error:
