@@ -90,6 +90,7 @@ def test_messages_have_the_one_form(manifest, answers):
                 parts = (": ", " is ", ", must be ", ". Fix: ")
                 places = [line.find(part) for part in parts]
                 assert -1 not in places, line
+                assert line.count("Fix: ") == 1, line
 
 
 def test_memory_and_time(manifest, answers):
