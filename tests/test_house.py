@@ -120,6 +120,71 @@ def test_imports_run_one_way():
     assert offenders(allowed) == []
 
 
+# Calls that write a file in place, and how many of them each file may have: TensorFlow's
+# checkpoints, the temporary folder, lock and library of the native ops, a pipe, /proc, and
+# a tool that runs without this package.
+IN_PLACE = ("write_text", "write_bytes", "save", "savez", "savez_compressed", "savefig", "tofile",
+            "to_filename", "dump", "imwrite")  # fmt: skip
+MAY_WRITE = {
+    "tfmtseg/files.py": 1,
+    "tfmtseg/ops/build.py": 3,
+    "tfmtseg/training/callbacks.py": 1,
+    "tools/benchmark_info_nce.py": 2,
+    "tools/gpu_check.py": 1,
+}
+
+
+def writes_in_place(source: str) -> list[str]:
+    """Calls that write files elsewhere than to the temporary path of `atomic_path`."""
+    tree = ast.parse(source)
+    safe = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With) and "atomic_path(" in ast.unparse(node.items[0])
+        for inner in ast.walk(node)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or node in safe:
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+        words = [*node.args, *(keyword.value for keyword in node.keywords)]
+        mode = next(
+            (w.value for w in words if isinstance(w, ast.Constant) and w.value in WRITE_MODES), ""
+        )
+        is_open = mode and getattr(node.func, "id", name) in ("open", "fdopen")
+        if name in IN_PLACE or is_open:
+            found.append(f"{ast.unparse(node.func)} in line {node.lineno}")
+    return found
+
+
+WRITE_MODES = {kind + rest for kind in "wax" for rest in ("", "b", "t", "+", "b+")} | {"rb+", "r+"}
+
+
+def test_files_are_written_whole_or_not_at_all():
+    found = {
+        str(path): writes_in_place((ROOT / path).read_text(encoding="utf-8")) for path in SOURCES
+    }
+    counts = {path: len(calls) for path, calls in found.items() if calls}
+    assert counts == MAY_WRITE, found
+
+
+def test_nothing_read_can_run_code():
+    """No pickle, no `eval`, no YAML or array loader that makes objects."""
+    modules = ("pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle")
+    assert offenders(lambda path, name: name.split(".")[0] not in modules) == []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            call = ast.unparse(node.func)
+            where = f"{path}:{node.lineno}: {call}"
+            assert call not in ("eval", "exec", "yaml.load", "yaml.unsafe_load"), where
+            assert not call.endswith((".load_model", ".saved_model.load")), where
+            if call == "np.load":
+                assert "allow_pickle=False" in ast.unparse(node), where
+
+
 def test_the_package_reads_no_flags():
     def allowed(path: Path, name: str) -> bool:
         if path.as_posix() == "tfmtseg/ops/build.py" and name == "argparse":
@@ -141,6 +206,20 @@ def test_the_package_reads_no_flags():
 )
 def test_imports_are_found(source, expected):
     assert imports(source, "tfmtseg.ops") == expected
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "path.write_text('a')",
+        "np.save(path, array)",
+        "with open(path, 'wb') as file: pass",
+        "with path.open(mode='a') as file: pass",
+    ],
+)
+def test_writes_in_place_are_found(source):
+    assert len(writes_in_place(source)) == 1
+    assert writes_in_place(f"with atomic_path(p) as path:\n    {source}") == []
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,9 @@ def test_a_name_given_twice_is_refused():
         Regions.parse("WT=1,2,3;WT=2,3")
 
 
-@pytest.mark.parametrize("text", ["WT=0,1,2;TC=2", "WT=-1,2;TC=2", "=1,2;TC=2"])
+@pytest.mark.parametrize("text", ["WT=0,1,2;TC=2", "WT=-1,2;TC=2", "=1,2;TC=2", "WT=1,256;TC=1"])
 def test_every_region_has_a_name_and_no_background(text):
-    with pytest.raises(InputError, match="above 0"):
+    with pytest.raises(InputError, match=r"labels in 1\.\.255"):
         Regions.parse(text)
 
 

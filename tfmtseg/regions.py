@@ -19,6 +19,9 @@ PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
+MAX_LABEL = 255  # label maps are kept as uint8
+
+
 @dataclass(frozen=True)
 class Regions:
     """The regions a model segments and a report lists.
@@ -48,10 +51,12 @@ class Regions:
         if len(set(self.names)) != len(self.names):
             raise InputError("regions", "names", self.names, "all different", "rename one")
         lowest = min(min(values, default=0) for values in self.members)
-        if lowest < 1 or not all(self.names):
+        highest = max(max(values, default=0) for values in self.members)
+        if lowest < 1 or highest > MAX_LABEL or not all(self.names):
             raise InputError(
                 "regions", "definition", dict(zip(self.names, self.members, strict=True)),
-                "names with labels above 0", "leave out the background and name each region",
+                f"names with labels in 1..{MAX_LABEL}",
+                "leave out the background, name each region, and renumber higher labels",
             )  # fmt: skip
         if self.nested:
             for (outer, inner), name in zip(

@@ -21,6 +21,8 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from tfmtseg.files import write_text
+
 _SIZES = flags.DEFINE_list("sizes", ["192", "1024", "4096", "16384"], "Numbers of queries.")
 _FEATURES = flags.DEFINE_integer("features", 256, "Features of a row.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each.", lower_bound=1)
@@ -214,7 +216,7 @@ def main(_: list[str]) -> None:
     table = compare()
     print(f"\n{table}")
     if _OUTPUT.value:
-        Path(_OUTPUT.value).write_text(table + "\n", encoding="utf-8")
+        write_text(_OUTPUT.value, table + "\n")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,14 @@ _REGIONS = flags.DEFINE_string(
     None,
     "Regions that will be segmented (brats_msd, brats_124, or WT=1,2,3;TC=2,3;ET=3).",
 )
+_ALLOW_ROOT = flags.DEFINE_string(
+    "allow_root", None, "Another folder that links in the data folder may lead into."
+)
 
 
 def _check() -> None:
     max_label = Regions.parse(_REGIONS.value).max_label if _REGIONS.value else None
-    findings = check_data_folder(_DATA_DIR.value, max_label=max_label)
+    findings = check_data_folder(_DATA_DIR.value, max_label=max_label, allow_root=_ALLOW_ROOT.value)
     for text in findings.warnings:
         print(f"warning: {text}")
     print(

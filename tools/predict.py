@@ -10,10 +10,15 @@ from tfmtseg.inference.predict import predict_folder
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
 _IMAGES_DIR = flags.DEFINE_string("images_dir", None, "Folder of images.", required=True)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the label maps.", required=True)
+_ALLOW_ROOT = flags.DEFINE_string(
+    "allow_root", None, "Another folder that links in the folder of images may lead into."
+)
 
 
 def _predict() -> None:
-    written = predict_folder(_MODEL_DIR.value, _IMAGES_DIR.value, _OUTPUT_DIR.value)
+    written = predict_folder(
+        _MODEL_DIR.value, _IMAGES_DIR.value, _OUTPUT_DIR.value, allow_root=_ALLOW_ROOT.value
+    )
     print(f"Wrote {len(written)} label maps to {_OUTPUT_DIR.value}")
 
 

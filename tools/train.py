@@ -47,7 +47,8 @@ def _read_config() -> TrainConfig:
     }
     origin = _CONFIG_FILE.value
     if origin is None and chosen.get("data_dir"):
-        origin = find_preset(read_data_folder(chosen["data_dir"]).name)
+        folder = read_data_folder(chosen["data_dir"], chosen.get("allow_root"))
+        origin = find_preset(folder.name)
         if origin is not None:
             print(f"Settings: {origin} (made for this data set; flags win)")
     settings = read_settings(origin) if origin is not None else {}

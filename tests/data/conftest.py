@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -10,6 +11,25 @@ import numpy as np
 import pytest
 
 SHAPE = (10, 9, 8)
+
+_opened: list[str] | None = None
+
+
+def _record_open(event: str, arguments: tuple) -> None:
+    if event == "open" and _opened is not None:
+        _opened.append(str(arguments[0]))
+
+
+sys.addaudithook(_record_open)  # hooks cannot be removed; this one sleeps outside of a test
+
+
+@pytest.fixture
+def opened():
+    """The paths of all files that this process opens during the test."""
+    global _opened
+    _opened = []
+    yield _opened
+    _opened = None
 
 
 class FolderMaker:

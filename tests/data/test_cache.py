@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import shutil
 
 import nibabel as nib
 import numpy as np
@@ -10,28 +10,9 @@ import pytest
 
 from tfmtseg.data import cache, preprocess
 from tfmtseg.data.cache import build_cache, foreground_voxels
-from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.cases import Case, read_data_folder
 from tfmtseg.data.nifti import read_image
 from tfmtseg.errors import InputErrors
-
-_opened: list[str] | None = None
-
-
-def _record_open(event: str, arguments: tuple) -> None:
-    if event == "open" and _opened is not None:
-        _opened.append(str(arguments[0]))
-
-
-sys.addaudithook(_record_open)  # hooks cannot be removed; this one sleeps outside of a test
-
-
-@pytest.fixture
-def opened():
-    """The paths of all files that this process opens during the test."""
-    global _opened
-    _opened = []
-    yield _opened
-    _opened = None
 
 
 @pytest.fixture
@@ -162,12 +143,43 @@ class TestReuse:
         rebuilt = {name for name in after if after[name] != before[name]}
         assert rebuilt == {"a.label.npy", "a.foreground.npy", "a.label.json"}
 
-    def test_changed_preprocessing(self, cases, build, monkeypatch):
+    @pytest.mark.parametrize(
+        ("setting", "value"),
+        [("VERSION", -1), ("CLIP", 9.0), ("STEP", 1e-3), ("PERCENTILES", (1.0, 99.0)),
+         ("BACKGROUND_SHARE", 0.6), ("LEAST_STD", 1e-5)],
+    )  # fmt: skip
+    def test_changed_preprocessing(self, cases, build, monkeypatch, setting, value):
         (record, *_) = build(cases)
         before = stamps(record.directory)
-        monkeypatch.setattr(preprocess, "VERSION", preprocess.VERSION + 1)
+        monkeypatch.setattr(preprocess, setting, value)
         build(cases)
-        assert stamps(record.directory)["a.image.npy"] != before["a.image.npy"]
+        after = stamps(record.directory)
+        assert after["a.image.npy"] != before["a.image.npy"]
+        build(cases)
+        assert stamps(record.directory) == after  # the new settings hold
+
+    def test_changed_draw_of_foreground(self, cases, build, monkeypatch):
+        assert len(build(cases)[0].foreground) > 6
+        monkeypatch.setattr(cache, "FOREGROUND_VOXELS", 3)
+        assert len(build(cases)[0].foreground) == 6
+
+    def test_another_original_of_the_same_size_and_time(self, cases, build, folder):
+        path = folder.root / "imagesTr/a.nii"
+        for seed in (1, 2):
+            voxels = np.random.default_rng(seed).normal(size=(9, 9, 9)).astype(np.float32)
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), path)
+            os.utime(path, ns=(0, 0))
+            (record,) = build([Case("a", (path,))])
+            expected = preprocess.normalize(read_image([path]).voxels)
+            np.testing.assert_array_equal(record.image, expected.voxels)
+
+    def test_the_entry_of_another_case(self, cases, build):
+        records = build(cases)
+        for ending in ("image.json", "image.npy", "label.json", "label.npy", "foreground.npy"):
+            shutil.copy(records[0]._path(ending), records[1]._path(ending))
+        for case, record in zip(cases, build(cases), strict=True):
+            expected = preprocess.normalize(read_image(case.images).voxels)
+            np.testing.assert_array_equal(record.image, expected.voxels)
 
     def test_changed_settings_are_checked_anew(self, cases, build):
         build(cases)

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tfmtseg.data import cases
 from tfmtseg.data.cases import Case, read_case_list, read_data_folder
+from tfmtseg.data.check import check_data_folder
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.regions import Regions
 
@@ -75,22 +78,14 @@ class TestDecathlon:
 
     @pytest.mark.parametrize(
         "image",
-        [
-            "../secret.nii.gz",
-            "imagesTr/../../secret.nii.gz",
-            "/etc/passwd",
-            "gs://bucket/x.nii.gz",
-            "imagesTr/link.nii.gz",
-        ],
-    )
-    def test_nothing_outside_the_folder(self, folder, image):
+        [5, None, "", ".nii.gz", "imagesTr/c\0.nii.gz", ["x"], "imagesTr/a\nb.nii.gz",
+         "imagesTr/ c.nii.gz", "\ud800"],
+    )  # fmt: skip
+    def test_no_path(self, folder, image):
         folder.case("c")
-        (folder.root.parent / "secret.nii.gz").write_bytes(b"")
-        (folder.root / "imagesTr/link.nii.gz").symlink_to(folder.root.parent / "secret.nii.gz")
         folder.description["training"][0]["image"] = image
         (text,) = problems(folder.write())
-        assert f"training[0].image is {image}" in text
-        assert "not outside" in text
+        assert "must be the path of a file" in text
 
     def test_a_link_to_itself(self, folder):
         folder.case("c")
@@ -99,13 +94,6 @@ class TestDecathlon:
         image.symlink_to("c.nii.gz")
         (text,) = problems(folder.write())
         assert "link" in text
-
-    @pytest.mark.parametrize("image", [5, None, "", "imagesTr/c\0.nii.gz", ["x"]])
-    def test_no_path(self, folder, image):
-        folder.case("c")
-        folder.description["training"][0]["image"] = image
-        (text,) = problems(folder.write())
-        assert "must be the path of a file" in text
 
     def test_image_is_label(self, folder):
         folder.case("c")
@@ -126,15 +114,47 @@ class TestDecathlon:
             ('{"training": [', "bad at line 1, column 15"),
             ("[1]", "JSON is a list, must be an object"),
             ("[" * 100_000 + "]" * 100_000, "nested"),
+            ('{"training": ' + "[" * 50 + "]" * 50 + "}", "nested"),
             ('{"training": [1], "training": []}', "holding training twice"),
+            ('{"numTraining": ' + "9" * 5000 + "}", "4300 digits"),
+            (" " * 2**22 + "{}", "at most 4194304 (the limit)"),
         ],
-        ids=["empty", "truncated", "list", "deep", "repeated key"],
+        ids=["empty", "truncated", "list", "deep", "less deep", "repeated key", "number", "large"],
     )
     def test_bad_json(self, folder, content, words):
         (folder.write() / "dataset.json").write_text(content)
         (text,) = problems(folder.root)
         assert text.startswith(f"{folder.root}/dataset.json: ")
         assert words in text
+        assert text.count("Fix: ") == 1
+
+    @pytest.mark.parametrize("target", ["nope", "dataset.json", "../dataset.json"])
+    def test_a_description_that_is_a_link(self, folder, target):
+        """A folder with labels never becomes a plain one without."""
+        folder.case("c")
+        (folder.write() / "dataset.json").rename(folder.root.parent / "dataset.json")
+        (folder.root / "dataset.json").symlink_to(target)
+        (text,) = problems(folder.root)
+        assert text.startswith(f"{folder.root}/dataset.json: file is ")
+
+    def test_a_description_that_is_a_pipe(self, folder):
+        folder.root.mkdir()
+        os.mkfifo(folder.root / "dataset.json")  # opening it would wait for ever
+        (text,) = problems(folder.root)
+        assert "a regular file" in text
+
+    def test_too_many_cases(self, folder, monkeypatch):
+        monkeypatch.setattr(cases, "MAX_CASES", 2)
+        for name in "abc":
+            folder.case(name)
+        (text,) = problems(folder.write())
+        assert "number of cases is 3, must be at most 2 (the limit)" in text
+
+    def test_a_label_that_no_label_map_can_hold(self, folder):
+        folder.case("c")
+        folder.description["labels"] = {"background": 0, "a": [1, 256], "b": 1}
+        (text,) = problems(folder.write())
+        assert "labels in 1..255" in text
 
     def test_odd_but_usable(self, folder):
         folder.case("c")
@@ -148,6 +168,63 @@ class TestDecathlon:
         assert len(texts) == 3
         assert "'numTraining' is 9, but 2 are listed" in texts[0]
         assert "the label of c is d.nii.gz" in texts[1]
+
+
+class TestConfinement:
+    """Nothing outside the data folder is opened, links only with `allow_root`."""
+
+    @pytest.fixture
+    def outside(self, folder):
+        """A sound image in a folder beside the data folder."""
+        folder.case("c")
+        folder.save("../store/secret.nii.gz", np.ones((4, 4, 4)))
+        (folder.root / "imagesTr/link.nii.gz").symlink_to("../../store/secret.nii.gz")
+        (folder.root / "imagesTr/chain.nii.gz").symlink_to("link.nii.gz")
+        (folder.root / "store").symlink_to("../store")
+        (folder.root / "imagesTr/inside.nii.gz").symlink_to("c.nii.gz")
+        return folder.root.parent / "store"
+
+    def point_to(self, folder, image: str) -> Path:
+        folder.description["training"][0] = {
+            "image": image.replace("STORE", str(folder.root.parent / "store"))
+        }
+        return folder.write()
+
+    WRITTEN = ("../store/secret.nii.gz", "imagesTr/../../store/secret.nii.gz",
+               "STORE/secret.nii.gz", "file://STORE/secret.nii.gz")  # fmt: skip
+    LINKS = ("imagesTr/link.nii.gz", "imagesTr/chain.nii.gz", "store/secret.nii.gz")
+
+    @pytest.mark.parametrize("image", [*WRITTEN, *LINKS])
+    def test_refused_and_not_opened(self, folder, outside, opened, image):
+        root = self.point_to(folder, image)
+        opened.clear()
+        (error,) = check_data_folder(root).errors
+        assert "not outside" in str(error)
+        assert [path for path in opened if path.startswith(str(folder.root.parent))] == [
+            str(root / "dataset.json")
+        ]
+
+    @pytest.mark.parametrize("image", LINKS)
+    def test_links_into_an_allowed_folder(self, folder, outside, image):
+        root = self.point_to(folder, image)
+        assert read_data_folder(root, outside).cases == (
+            Case(Path(image).name[:-7], (root / image,)),
+        )
+        with pytest.raises(InputErrors, match="not outside"):
+            read_data_folder(root, folder.root.parent / "other")
+
+    @pytest.mark.parametrize("image", WRITTEN)
+    def test_an_allowed_folder_is_for_links_alone(self, folder, outside, image):
+        with pytest.raises(InputErrors, match="not outside"):
+            read_data_folder(self.point_to(folder, image), outside)
+
+    def test_a_link_that_stays_inside(self, folder, outside):
+        assert len(read_data_folder(self.point_to(folder, "imagesTr/inside.nii.gz")).cases) == 1
+
+    def test_a_data_folder_reached_by_a_link(self, folder, tmp_path):
+        folder.case("c")
+        (tmp_path / "alias").symlink_to(folder.write())
+        assert len(read_data_folder(tmp_path / "alias").cases) == 1
 
 
 class TestNnunet:
@@ -233,6 +310,22 @@ class TestPlain:
         (root / "b.nii.gz").symlink_to("../secret.nii.gz")
         (text,) = problems(root)
         assert "b.nii.gz is a link to a file outside" in text
+
+    def test_a_link_to_an_allowed_folder(self, tmp_path):
+        root = tmp_path / "root"
+        root.mkdir()
+        self.touch(tmp_path, "kept.nii.gz")
+        (root / "b.nii.gz").symlink_to("../kept.nii.gz")
+        assert [case.name for case in read_data_folder(root, tmp_path).cases] == ["b"]
+
+    @pytest.mark.parametrize(
+        "name", ["a\nb", "a\x1b[31m", " a", b"\xff".decode(errors="surrogateescape")]
+    )
+    def test_a_name_that_no_list_of_cases_holds(self, tmp_path, name):
+        self.touch(tmp_path, f"{name}.nii.gz")
+        (text,) = problems(tmp_path)
+        assert "file name is '" in text
+        assert text.isprintable()
 
     def test_nothing_there(self, tmp_path):
         assert "without images" in problems(tmp_path)[0]

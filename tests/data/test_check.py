@@ -1,18 +1,10 @@
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-import warnings
 
 import numpy as np
-import pytest
 
 from tfmtseg.data.check import check_data_folder
-from tfmtseg.data.nifti import read_image, read_label
-from tfmtseg.data.preprocess import normalize
-from tfmtseg.errors import InputError, InputWarning
 
 
 def test_a_sound_folder(folder):
@@ -90,49 +82,3 @@ def test_real_broken_cases(folder, shared_data):
     assert "training[1].image is ./imagesTr/hippocampus_010.nii.gz, missing" in texts[0]
     assert "training[3].label is ./labelsTr/hippocampus_118.nii.gz, missing" in texts[1]
     assert "labelsTr/hippocampus_001.nii.gz: shape is (512, 512, 94), must be (" in texts[2]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """The project's collection of bad inputs, when its script lies beside the repository."""
-    return tmp_path_factory.mktemp("bad") / "inputs"
-
-
-def outcome(case: dict, root) -> tuple[str, str]:
-    """`reject`, `warn` or `handle`, and the messages."""
-    files = [root / file for file in case["files"]]
-    if case["kind"] == "dataset":
-        findings = check_data_folder(files[0].parent)
-        errors, odd = list(findings.errors), list(findings.warnings)
-    else:
-        errors = []
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", InputWarning)
-            try:
-                volume = read_image(files[:1], num_modalities=1)
-                normalized = normalize(volume.voxels, files[0]).values()
-                assert np.isfinite(normalized).all()
-                for label in files[1:]:
-                    read_label(label, max_label=2, like=volume.geometry, image=files[0])
-            except InputError as error:
-                errors.append(error)
-        odd = [str(item.message) for item in caught]
-    text = "\n".join([*map(str, errors), *odd])
-    return ("reject" if errors else "warn" if odd else "handle"), text
-
-
-def test_bad_inputs(corpus, shared_data):
-    script = shared_data.parent / "scripts" / "make_bad_inputs.py"
-    subprocess.run([sys.executable, script, corpus], check=True, capture_output=True)
-    manifest = json.loads((corpus / "manifest.json").read_text())
-    wrong = []
-    for case in manifest["cases"]:
-        found, text = outcome(case, corpus)
-        words = list(case["mention"])
-        if found != "handle":
-            words.append(str(corpus / case["files"][-1]))
-        missing = [word for word in words if word not in text]
-        if found != case["expect"] or missing:
-            wrong.append((case["name"], case["expect"], found, missing, text))
-    assert not wrong
-    assert len(manifest["cases"]) >= 100

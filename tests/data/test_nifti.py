@@ -203,20 +203,6 @@ class TestDamage:
         with pytest.raises(InputError, match=r"i\.nii\.gz: .*truncated"):
             nifti.read_image([path])
 
-    def test_a_flipped_bit_is_never_a_voxel(self, tmp_path):
-        path = save(tmp_path / "i.nii.gz", np.rint(random_image()))
-        good, voxels = path.read_bytes(), nifti.read_image([path]).voxels
-        refused = 0
-        for position in np.random.default_rng(3).integers(0, 8 * len(good), 300):
-            content = bytearray(good)
-            content[position // 8] ^= 1 << (position % 8)
-            path.write_bytes(content)
-            try:
-                np.testing.assert_array_equal(nifti.read_image([path]).voxels, voxels)
-            except InputError:
-                refused += 1
-        assert refused > 290  # a few bits of the gzip header (time, system) mean nothing
-
     def test_checksum_far_behind_the_voxels(self, tmp_path):
         content = nib.Nifti1Image(random_image(), RAS).to_bytes() + bytes(300_000)
         stored = bytearray(gzip.compress(content, compresslevel=0))  # one byte is one byte

@@ -11,8 +11,9 @@ its label file is never opened.
     CASE.foreground.npy             int32 (k, 4): x, y, z, label value
     CASE.label.json
 
-An entry's JSON file is written last. It names the source files with size and time
-and the checksums of the arrays; an entry that does not match it is built anew.
+An entry's JSON file is its manifest and is written last. It holds the settings of
+the preprocessing, what tells a source file from any other, and the checksums of the
+arrays. All is compared whenever a run starts; an entry that differs is built anew.
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ def _refresh(case: Case, directory: Path, num_modalities: int, max_label: int) -
     """The record of a case, its entries rebuilt where they are missing or stale."""
     entry = _entry(
         directory / f"{case.name}.image.json",
-        {"preprocessing": preprocess.VERSION, "modalities": num_modalities},
+        {"preprocessing": preprocess.fingerprint(), "modalities": num_modalities},
         case.images,
         lambda: _build_image(case, directory, num_modalities),
     )
@@ -137,7 +138,11 @@ def _refresh(case: Case, directory: Path, num_modalities: int, max_label: int) -
     if label is not None:
         _entry(
             directory / f"{case.name}.label.json",
-            {"max_label": max_label, "geometry": entry["geometry"]},
+            {
+                "max_label": max_label,
+                "geometry": entry["geometry"],
+                "foreground_voxels": FOREGROUND_VOXELS,
+            },
             (label,),
             lambda: _build_label(case, label, directory, geometry, max_label),
         )
@@ -176,12 +181,17 @@ def _entry(
 
 
 def _signatures(sources: Sequence[Path]) -> list[list[Any]]:
-    """What changes when a source file does."""
+    """What changes when a source file does.
+
+    A file put in another's place may have its size and its time of modification,
+    which copies keep; the time of change (`ctime`) and the inode it cannot choose.
+    """
     result = []
     for path in sources:
         try:
             status = path.stat()
-            result.append([str(path.resolve()), status.st_size, status.st_mtime_ns])
+            signs = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+            result.append([str(path.resolve()), *signs])
         except OSError:
             result.append([str(path), "unreadable"])  # building the entry says why
     return result

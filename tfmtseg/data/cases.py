@@ -6,7 +6,8 @@ Three layouts are told apart by what lies in the folder:
 * nnU-Net: a `dataset.json` with `channel_names`, and `imagesTr/CASE_0000.nii.gz`;
 * plain: NIfTI images and no `dataset.json`; none has a label.
 
-Only names and `dataset.json` are looked at here; no image is opened.
+Only names and `dataset.json` are looked at here; no image is opened. What they name
+is not trusted: files outside of the data folder are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +27,10 @@ from tfmtseg.data.nifti import SUFFIXES
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import write_text
 from tfmtseg.regions import Regions
+
+MAX_JSON_BYTES = 2**22  # of a dataset.json, which costs up to 30 times as much memory
+MAX_JSON_DEPTH = 20
+MAX_CASES = 50_000
 
 _MODALITY_FILE = re.compile(r"(.+)_(\d{4})")  # nnU-Net's CASE_0000, without the suffix
 
@@ -70,8 +76,14 @@ class DataFolder:
     test_cases: tuple[Case, ...] = ()
 
 
-def read_data_folder(root: str | os.PathLike[str]) -> DataFolder:
+def read_data_folder(
+    root: str | os.PathLike[str], allow_root: str | os.PathLike[str] | None = None
+) -> DataFolder:
     """Reads the structure of a data folder.
+
+    Args:
+        root: The folder.
+        allow_root: Another folder that links in it may lead into.
 
     Raises:
         InputErrors: With everything that is wrong with the structure.
@@ -79,14 +91,14 @@ def read_data_folder(root: str | os.PathLike[str]) -> DataFolder:
     Warns:
         InputWarning: If something is odd but clear enough to go on.
     """
-    folder, errors = scan_data_folder(root)
+    folder, errors = scan_data_folder(root, allow_root)
     if folder is None or errors:
         raise InputErrors(errors)
     return folder
 
 
 def scan_data_folder(
-    root: str | os.PathLike[str],
+    root: str | os.PathLike[str], allow_root: str | os.PathLike[str] | None = None
 ) -> tuple[DataFolder | None, list[InputError]]:
     """Like `read_data_folder`, but returns what is sound beside what is not.
 
@@ -94,21 +106,46 @@ def scan_data_folder(
         The folder with its sound cases (`None` if there is nothing to go on with)
         and the problems.
     """
-    root = Path(root)
+    data_root = _Root(Path(root), Path(allow_root) if allow_root else None)
     try:
-        if not root.is_dir():
-            raise InputError(root, "data folder", "missing", "a folder", "correct the path")
-        description_file = root / "dataset.json"
-        if not description_file.exists():
-            return _scan_plain(root)
-        description = _Description(description_file, _read_json(description_file))
+        if not data_root.path.is_dir():
+            raise InputError(
+                data_root.path, "data folder", "missing", "a folder", "correct the path"
+            )
+        description_file = data_root.path / "dataset.json"
+        if not (description_file.is_symlink() or description_file.exists()):
+            return _scan_plain(data_root)
+        description = _Description(description_file, _read_json(data_root, description_file))
+        scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
+        return scan(data_root, description), description.errors
     except InputError as error:
         return None, [error]
-    except InputErrors as error:
-        return None, list(error.errors)
-    scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
-    folder = scan(root, description)
-    return folder, description.errors
+    except OSError as error:
+        where = error.filename or data_root.path
+        return None, [
+            InputError(
+                where, "folder", f"unreadable ({error.strerror})", "readable",
+                "check its permissions, its links and the disk",
+            )
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Root:
+    """A data folder, and where its links may lead besides."""
+
+    path: Path
+    allow_root: Path | None
+
+    def holds(self, path: Path) -> bool:
+        """Whether the file that `path` leads to, links followed, may be read."""
+        real = Path(os.path.realpath(path))
+        if real.is_relative_to(os.path.realpath(self.path)):
+            return True
+        if self.allow_root is None or not real.is_relative_to(os.path.realpath(self.allow_root)):
+            return False
+        # There by a link, not because somebody wrote `..` or an absolute path.
+        return path.is_relative_to(self.path) and ".." not in path.relative_to(self.path).parts
 
 
 # --------------------------------------------------------------------- case lists
@@ -181,24 +218,35 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(root: _Root, path: Path) -> dict[str, Any]:
     """A JSON object without repeated keys; a byte order mark is skipped."""
+    if not root.holds(path):
+        raise _link_outside(path, "file")
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        twice = _repeated([key for key, _ in pairs])
-        if twice:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = _repeated([key for key, _ in pairs])
             raise InputError(
                 path, "JSON", f"holding {', '.join(twice)} twice", "an object with distinct keys",
                 "remove one of the two entries",
             )  # fmt: skip
-        return dict(pairs)
+        return content
 
     fix = "correct the file, or restore it from where it came"
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(path, "file", "a folder or a pipe", "a regular file", fix)
+        if status.st_size > MAX_JSON_BYTES:
+            limit = f"at most {MAX_JSON_BYTES} (the limit)"
+            raise InputError(path, "size", f"{status.st_size} bytes", limit, fix)
         text = path.read_text(encoding="utf-8-sig")
         if not text.strip():
             raise InputError(path, "file", "empty", "a JSON object", fix)
         content = json.loads(text, object_pairs_hook=unique)
+    except InputError:  # which is a ValueError
+        raise
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(path, "file", f"unreadable ({error})", "UTF-8 text", fix) from None
     except json.JSONDecodeError as error:
@@ -206,9 +254,27 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise InputError(path, "JSON", f"bad at {where} ({error.msg})", "valid", fix) from None
     except RecursionError:
         raise InputError(path, "JSON", "nested too deep", "a flat object", fix) from None
+    except ValueError as error:  # a number of thousands of digits
+        raise InputError(path, "JSON", f"bad ({error})", "valid", fix) from None
+    if _depth(content) > MAX_JSON_DEPTH:
+        raise InputError(path, "JSON", "nested too deep", "a flat object", fix)
     if not isinstance(content, dict):
         raise InputError(path, "JSON", f"a {type(content).__name__}", "an object", fix)
     return content
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in each other; without recursion."""
+    level, depth = [value], -1
+    while level:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
 
 
 def _read_numbered(description: _Description, key: str) -> tuple[str, ...]:
@@ -276,7 +342,7 @@ def _nested_regions(values: Mapping[str, tuple[int, ...]]) -> Regions:
 # ---------------------------------------------------------- Decathlon (MSD) layout
 
 
-def _scan_decathlon(root: Path, description: _Description) -> DataFolder:
+def _scan_decathlon(root: _Root, description: _Description) -> DataFolder:
     modalities = _read_numbered(description, "modality")
     regions = _read_regions(description)
     training = description.entry("training", list, "a list of cases with an image and a label")
@@ -287,6 +353,12 @@ def _scan_decathlon(root: Path, description: _Description) -> DataFolder:
     if training:
         _warn_about_count(description, "numTraining", training)
     _warn_about_count(description, "numTest", test)
+    if len(training) + len(test) > MAX_CASES:
+        description.problem(
+            "number of cases", len(training) + len(test), f"at most {MAX_CASES} (the limit)",
+            "split the data",
+        )  # fmt: skip
+        training = test = []
     entries = [
         (f"{key}[{i}]", _read_entry(root, description, f"{key}[{i}]", entry))
         for key, listed in (("training", training), ("test", test))
@@ -295,7 +367,7 @@ def _scan_decathlon(root: Path, description: _Description) -> DataFolder:
     cases = _unique_cases(description, [(where, case) for where, case in entries if case])
     _warn_about_swapped_labels(description, cases.values())
     return DataFolder(
-        root,
+        root.path,
         str(description.content.get("name", "")),
         modalities,
         regions,
@@ -308,7 +380,7 @@ def _by_name(cases: Iterable[Case]) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda case: case.name))
 
 
-def _read_entry(root: Path, description: _Description, where: str, entry: Any) -> Case | None:
+def _read_entry(root: _Root, description: _Description, where: str, entry: Any) -> Case | None:
     """One element of `training` or `test`: an object, or the image's path alone."""
     if not isinstance(entry, dict):
         entry = {"image": entry}
@@ -329,19 +401,19 @@ def _read_entry(root: Path, description: _Description, where: str, entry: Any) -
     return Case(_stem(image), (image,), label)
 
 
-def _listed_file(root: Path, description: _Description, where: str, text: Any) -> Path | None:
+def _listed_file(root: _Root, description: _Description, where: str, text: Any) -> Path | None:
     """The file that `text` names below `root`; `None` and a problem if it is none."""
-    if not isinstance(text, str) or not text or "\0" in text:
-        description.problem(where, _shown(text), "the path of a file", "correct the path")
-        return None
-    path = root / text
-    if "://" in text or not _is_inside(path, root):
+    if not isinstance(text, str) or not _is_proper(_stem(Path(text))) or not text.isprintable():
         description.problem(
-            where,
-            text,
-            "a file in the data folder, not outside it",
-            "copy the file into the folder",
+            where, _shown(text), "the path of a file, of printable characters", "correct the path"
         )
+        return None
+    path = root.path / text
+    if "://" in text or not root.holds(path):
+        description.problem(
+            where, text, "a file in the data folder, not outside it",
+            "copy the file into the folder, or allow links out of it with --allow_root",
+        )  # fmt: skip
         return None
     try:
         path.stat()  # follows links
@@ -359,9 +431,9 @@ def _listed_file(root: Path, description: _Description, where: str, text: Any) -
     return None
 
 
-def _is_inside(path: Path, root: Path) -> bool:
-    real = os.path.realpath(path)
-    return Path(real).is_relative_to(os.path.realpath(root))
+def _is_proper(name: str) -> bool:
+    """Whether a case's name can stand in messages and, on a line, in lists of cases."""
+    return bool(name) and name.isprintable() and name == name.strip()
 
 
 def _stem(path: Path) -> str:
@@ -411,7 +483,7 @@ def _warn_about_swapped_labels(description: _Description, cases: Iterable[Case])
 # --------------------------------------------------------- nnU-Net and plain layout
 
 
-def _scan_nnunet(root: Path, description: _Description) -> DataFolder:
+def _scan_nnunet(root: _Root, description: _Description) -> DataFolder:
     modalities = _read_numbered(description, "channel_names")
     regions = _read_regions(description)
     suffix = description.content.get("file_ending")
@@ -419,7 +491,7 @@ def _scan_nnunet(root: Path, description: _Description) -> DataFolder:
         description.problem(
             "'file_ending'", _shown(suffix), "'.nii.gz' or '.nii'", "convert the files to NIfTI"
         )
-        return DataFolder(root, "", modalities, regions, ())
+        return DataFolder(root.path, "", modalities, regions, ())
     images = _group_modalities(root, description, "imagesTr", suffix, len(modalities))
     labels = _files_by_stem(root, description, "labelsTr", suffix)
     for name in sorted(set(images) ^ set(labels)):
@@ -437,7 +509,7 @@ def _scan_nnunet(root: Path, description: _Description) -> DataFolder:
     if not images:
         description.problem("imagesTr", "without images", "a folder with images", "add images")
     return DataFolder(
-        root,
+        root.path,
         str(description.content.get("name", "")),
         modalities,
         regions,
@@ -447,27 +519,41 @@ def _scan_nnunet(root: Path, description: _Description) -> DataFolder:
 
 
 def _files_by_stem(
-    root: Path, description: _Description, folder: str, suffix: str
+    root: _Root, description: _Description, folder: str, suffix: str
 ) -> dict[str, Path]:
-    """The NIfTI files of a folder that lie in the data folder, links followed."""
-    files = _list_images(root / folder, (suffix,))
-    description.errors.extend(_links_outside(root, files))
-    return {_stem(path): path for path in files if _is_inside(path, root)}
+    """The NIfTI files of a folder that may be read, by name without suffix."""
+    files, errors = _usable(root, _list_images(root.path / folder, (suffix,)))
+    description.errors.extend(errors)
+    return {_stem(path): path for path in files}
 
 
-def _links_outside(root: Path, files: Iterable[Path]) -> list[InputError]:
-    return [
-        InputError(
-            root, str(path.relative_to(root)), "a link to a file outside", "in the data folder",
-            "copy the file into the folder",
-        )
-        for path in files
-        if not _is_inside(path, root)
-    ]  # fmt: skip
+def _usable(root: _Root, files: Iterable[Path]) -> tuple[list[Path], list[InputError]]:
+    """The files that may be read, and what is wrong with the others."""
+    usable, errors = [], []
+    for path in files:
+        if not _is_proper(_stem(path)):
+            errors.append(
+                InputError(
+                    path.parent, "file name", repr(path.name),
+                    "of printable characters, without a space at either end", "rename the file",
+                )
+            )  # fmt: skip
+        elif not root.holds(path):
+            errors.append(_link_outside(root.path, str(path.relative_to(root.path))))
+        else:
+            usable.append(path)
+    return usable, errors
+
+
+def _link_outside(file: Path, field: str) -> InputError:
+    return InputError(
+        file, field, "a link to a file outside", "in the data folder",
+        "copy the file into the folder, or allow links out of it with --allow_root",
+    )  # fmt: skip
 
 
 def _group_modalities(
-    root: Path, description: _Description, folder: str, suffix: str, num_modalities: int
+    root: _Root, description: _Description, folder: str, suffix: str, num_modalities: int
 ) -> dict[str, tuple[Path, ...]]:
     """The files `CASE_0000`, `CASE_0001`, ... of a folder by case."""
     groups: dict[str, dict[int, Path]] = {}
@@ -503,17 +589,15 @@ def _list_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Pat
     )
 
 
-def _scan_plain(root: Path) -> tuple[DataFolder | None, list[InputError]]:
+def _scan_plain(root: _Root) -> tuple[DataFolder | None, list[InputError]]:
     """Images side by side; `CASE_0000`, `CASE_0001`, ... are one case's modalities."""
-    files = _list_images(root)
-    if not files:
+    files, errors = _usable(root, _list_images(root.path))
+    if not files and not errors:
         raise InputError(
-            root, "data folder", "without dataset.json and without images",
+            root.path, "data folder", "without dataset.json and without images",
             "of the Decathlon's or nnU-Net's layout, or full of .nii.gz images",
             "correct the path, or add the dataset.json",
         )  # fmt: skip
-    errors = _links_outside(root, files)
-    files = [path for path in files if _is_inside(path, root)]
     stems = [_stem(path) for path in files]
     groups: dict[str, list[Path]] = {}
     for stem, path in zip(stems, files, strict=True):
@@ -522,23 +606,20 @@ def _scan_plain(root: Path) -> tuple[DataFolder | None, list[InputError]]:
         groups.setdefault(match[1] if match and is_modality else stem, []).append(path)
     errors += [
         InputError(
-            root,
-            f"case {stem}",
-            "there as .nii.gz and as .nii",
-            "one file",
+            root.path, f"case {stem}", "there as .nii.gz and as .nii", "one file",
             "remove one of the two",
         )
         for stem in _repeated(stems)
-    ]
+    ]  # fmt: skip
     counts = {len(group) for group in groups.values()}
     if len(counts) > 1 and not errors:
         errors.append(
             InputError(
-                root, "files per case", sorted(counts), "the same number of modalities everywhere",
-                "add the missing modalities' files",
+                root.path, "files per case", sorted(counts),
+                "the same number of modalities everywhere", "add the missing modalities' files",
             )
         )  # fmt: skip
     most = max(counts, default=0)
     modalities = tuple(f"channel {i}" for i in range(most)) if most > 1 else ()
     cases = _by_name(Case(name, tuple(group)) for name, group in groups.items())
-    return DataFolder(root, "", modalities, None, cases), errors
+    return DataFolder(root.path, "", modalities, None, cases), errors

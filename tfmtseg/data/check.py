@@ -44,7 +44,12 @@ class _Facts:
     spacing_mm: tuple[float, float, float] | None = None
 
 
-def check_data_folder(root: str | os.PathLike[str], *, max_label: int | None = None) -> Findings:
+def check_data_folder(
+    root: str | os.PathLike[str],
+    *,
+    max_label: int | None = None,
+    allow_root: str | os.PathLike[str] | None = None,
+) -> Findings:
     """Reads every image and every label of a data folder, and writes nothing.
 
     Every file goes the way it goes before a training: what passes here does not stop
@@ -54,13 +59,14 @@ def check_data_folder(root: str | os.PathLike[str], *, max_label: int | None = N
         root: The data folder.
         max_label: The highest label value that may occur. Defaults to the folder's
             own list of labels.
+        allow_root: Another folder that links in the data folder may lead into.
 
     Returns:
         All problems of the folder's structure and of all its files.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
-        folder, errors = scan_data_folder(root)
+        folder, errors = scan_data_folder(root, allow_root)
         cases = folder.cases + folder.test_cases if folder else ()
         num_modalities = len(folder.modalities) or None if folder else None
         if max_label is None and folder and folder.regions:

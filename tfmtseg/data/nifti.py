@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import nibabel as nib
 import numpy as np
 from nibabel import orientations
+from nibabel.spatialimages import HeaderDataError
 
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import atomic_path
@@ -32,6 +33,7 @@ SUFFIXES = (".nii.gz", ".nii")
 MAX_VOXELS = 2**28  # all channels; 1 GiB as float32, 512 x 512 x 1024
 MAX_EXTENSION_BYTES = 2**26  # header extensions, between header and voxels
 MAX_TAIL_BYTES = 2**26  # whatever follows the voxels
+MAX_COMPRESSION = 1032  # deflate cannot shrink more than this many times
 CHUNK_VOXELS = 2**20
 SPACING_LIMITS_MM = (1e-3, 100.0)
 MAX_SLOPE = 1e30  # a larger one takes ordinary integers out of float32
@@ -421,6 +423,7 @@ def _read_up_to(stream: BinaryIO, size: int) -> bytes:
 
 def _read_voxels(path: Path, stream: BinaryIO, header: _Header) -> np.ndarray:
     """All voxels in stored order, scaled, float32 and finite."""
+    _check_claimed_size(path, header)
     result = np.empty(header.num_voxels, np.float32)
     not_numbers = infinite = 0
     for start in range(0, result.size, CHUNK_VOXELS):
@@ -444,6 +447,16 @@ def _read_voxels(path: Path, stream: BinaryIO, header: _Header) -> np.ndarray:
     return result
 
 
+def _check_claimed_size(path: Path, header: _Header) -> None:
+    """Refuses a header that claims more voxels than its file can hold."""
+    size = path.stat().st_size * (MAX_COMPRESSION if path.name.endswith(".gz") else 1)
+    most = max(size - header.voxel_offset, 0) // header.dtype.itemsize
+    if most < header.num_voxels:
+        raise _damaged(
+            path, "voxel data", f"truncated, {most} voxels at most", f"{header.num_voxels} voxels"
+        )
+
+
 def _scaled(stored: np.ndarray, header: _Header) -> np.ndarray:
     if header.slope == 1 and header.intercept == 0:
         return stored
@@ -464,7 +477,7 @@ def _drain(path: Path, stream: BinaryIO) -> None:
 def _warn_about_values(path: Path, voxels: np.ndarray) -> None:
     if max(voxels.shape[:3]) < SMALL_AXIS:
         _warn(path, f"the volume is very small, {voxels.shape[:3]} voxels; most of a patch is pad")
-    highest = float(np.abs(voxels).max())
+    highest = max(float(voxels.max()), -float(voxels.min()))  # np.abs would copy
     if highest > MAX_ORDINARY_VALUE:
         _warn(path, f"the value range reaches {highest:.3g}, which no scanner gives")
 
@@ -653,7 +666,7 @@ def _check_matrix(path: Path, matrix: np.ndarray, geometry: Geometry) -> None:
 def _warn_about_qform(path: Path, geometry: Geometry) -> None:
     try:
         distance = _displacement(geometry.header().get_qform(), geometry.affine, geometry.shape)
-    except ValueError:
+    except (ValueError, HeaderDataError):  # no rotation, or a negative voxel size
         distance = np.inf
     if distance > AFFINE_TOLERANCE * np.linalg.norm(geometry.affine[:3, :3], axis=0).min():
         _warn(path, f"qform and sform disagree by {distance:.3g} mm; the sform is used")

@@ -10,18 +10,31 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from tfmtseg.errors import InputWarning
 
-VERSION = 1  # raise when the results change: cached volumes are then rebuilt
+VERSION = 1  # raise when the code below changes its results: caches are then rebuilt
 
 CLIP = 10.0  # standard deviations
 STEP = CLIP / np.iinfo(np.int16).max
 PERCENTILES = (0.5, 99.5)  # statistics do not see beyond them
 BACKGROUND_SHARE = 0.5  # of the faces' voxels
 LEAST_STD = 1e-6  # relative to the values; below lies the rounding of float32
+
+
+def fingerprint() -> dict[str, Any]:
+    """What the result of `normalize` depends on besides the volume, JSON-ready."""
+    return {
+        "version": VERSION,
+        "clip": CLIP,
+        "step": STEP,
+        "percentiles": list(PERCENTILES),
+        "background_share": BACKGROUND_SHARE,
+        "least_std": LEAST_STD,
+    }
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ def predict_folder(
     model_dir: str | os.PathLike[str],
     images_dir: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
+    *,
+    allow_root: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Segments every image of a folder.
 
@@ -31,6 +33,7 @@ def predict_folder(
         model_dir: Folder of a finished training run.
         images_dir: Folder of images, or a data folder (all its images).
         output_dir: Gets `CASE.nii.gz`, each in its image's shape and affine.
+        allow_root: Another folder that links in `images_dir` may lead into.
 
     Returns:
         The files written, one per case.
@@ -46,7 +49,7 @@ def predict_folder(
             output_dir, "output folder", "in the folder of images", "another folder",
             "name a new folder",
         )  # fmt: skip
-    folder = read_data_folder(images_dir)
+    folder = read_data_folder(images_dir, allow_root)
     cases = [case.without_label() for case in (*folder.cases, *folder.test_cases)]
     check_headers(cases)
     run = load_run(model_dir)

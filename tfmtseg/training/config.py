@@ -32,6 +32,7 @@ class TrainConfig:
 
     data_dir: str = _setting("", "Folder with dataset.json (Decathlon or nnU-Net layout).")
     unlabeled_dir: str = _setting("", "Folder of further images without labels.")
+    allow_root: str = _setting("", "Another folder that links in the data folders may lead into.")
     model_dir: str = _setting("", "Folder of the run; made when missing, gone on with when not.")
     cache_dir: str = _setting("", "Folder of preprocessed volumes. Default: MODEL_DIR/cache.")
     mode: str = _setting("train", "train, or pretrain: encoder and branch, without any label.")
@@ -309,7 +310,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             path, "settings file", f"unreadable ({type(error).__name__})", "a YAML file",
             "correct --config_file",
@@ -319,6 +320,14 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
             path, "content", type(values).__name__, "a list of 'name: value' lines",
             "write one setting per line",
         )  # fmt: skip
+    for name, value in values.items():
+        # No setting is deeper, and a few aliases of aliases would print as gigabytes.
+        items = value if isinstance(value, list) else [value]
+        if any(isinstance(item, (list, dict)) for item in items):
+            raise InputError(
+                path, f"setting '{name}'", "nested", "a value or a list of values",
+                "correct the value",
+            )  # fmt: skip
     values.pop("dataset", None)
     return values
 

@@ -56,7 +56,7 @@ from tfmtseg.training.optimizers import make_optimizer, make_schedule
 from tfmtseg.training.sizes import MAX_CROP, choose_crop, choose_cube, choose_strides
 
 # Settings that may differ when a run goes on: they change no result.
-MAY_CHANGE = {"data_dir", "unlabeled_dir", "model_dir", "cache_dir"}
+MAY_CHANGE = {"data_dir", "unlabeled_dir", "allow_root", "model_dir", "cache_dir"}
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config.check()
     directory = Path(config.model_dir)
     keras.utils.set_random_seed(config.seed)
-    folder = read_data_folder(config.data_dir)
+    folder = read_data_folder(config.data_dir, config.allow_root)
     regions = _regions(config, folder)
     further = _further_images(config, folder)
     splits = _split(config, folder, further)
@@ -146,7 +146,7 @@ def _further_images(config: TrainConfig, folder: DataFolder) -> tuple[Case, ...]
     """Cases of `unlabeled_dir`, whose labels, should it have any, are not used."""
     if not config.unlabeled_dir:
         return ()
-    cases = read_data_folder(config.unlabeled_dir).cases
+    cases = read_data_folder(config.unlabeled_dir, config.allow_root).cases
     known = {case.name for case in folder.cases}
     twice = [case.name for case in cases if case.name in known]
     if twice:
@@ -418,7 +418,7 @@ class Run:
     @cached_property
     def folder(self) -> DataFolder:
         """The data folder of the training; predictions do without it."""
-        return read_data_folder(self.config.data_dir)
+        return read_data_folder(self.config.data_dir, self.config.allow_root)
 
     @cached_property
     def _forward(self) -> Any:
