@@ -138,13 +138,18 @@ def test_gradients_reach_every_trainable_weight(method):
     # At width 8, a group of the first level's GroupNorm is one channel, and the bias of
     # the convolution before it has no effect; at 16 there is no such exception.
     model = make(method, width=16)
-    with tf.GradientTape() as tape:
-        loss = model._forward(batch([1, 0]), training=True)[0]
-    gradients = tape.gradient(loss, model.trainable_variables)
-    sizes = [0.0 if gradient is None else np.abs(gradient).max() for gradient in gradients]
-    for variable, size in zip(model.trainable_variables, sizes, strict=True):
-        # Well above what float32 leaves of a gradient that is mathematically 0.
-        assert size > 1e-6 * max(sizes), getattr(variable, "path", variable.name)
+    with tf.GradientTape(persistent=True) as tape:
+        loss, shown, _ = model._forward(batch([1, 0]), training=True)
+    checks = [(loss, model.trainable_variables)]
+    if model.branch is not None:  # its task alone trains it and the whole encoder
+        own = [*model.encoder.trainable_variables, *model.branch.trainable_variables]
+        checks.append((shown[f"{model.branch.prefix}_loss"], own))
+    for value, variables in checks:
+        gradients = tape.gradient(value, variables)
+        sizes = [0.0 if gradient is None else np.abs(gradient).max() for gradient in gradients]
+        for variable, size in zip(variables, sizes, strict=True):
+            # Well above what float32 leaves of a gradient that is mathematically 0.
+            assert size > 1e-6 * max(sizes), getattr(variable, "path", variable.name)
 
 
 @pytest.mark.parametrize("method", METHODS)

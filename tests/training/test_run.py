@@ -237,7 +237,7 @@ class Stopped(Exception):
 
 
 def train_with_a_break(monkeypatch, config: TrainConfig) -> None:
-    """Trains up to the first checkpoint, and then, as a new call, to the end."""
+    """Trains up to the first checkpoint, and then, in a new call, to the end."""
     save = Checkpoints.on_epoch_end
 
     def stop(self, epoch, logs=None):
@@ -258,11 +258,12 @@ def last_checkpoint(model_dir: str) -> dict[str, np.ndarray]:
 
 
 def test_a_break_changes_neither_weights_nor_teacher(phantoms, tmp_path, monkeypatch):
+    """The second update, the first with a teacher, comes after the break."""
     cache = str(tmp_path / "cache")
-    # The teacher labels patches from step 1 on, and so after the break.
     config = settings(
-        phantoms, tmp_path / "whole", method="bcp", cache_dir=cache, teacher_start=0.0
-    )
+        phantoms, tmp_path / "whole", method="bcp", num_development=0, train_steps=2,
+        steps_per_epoch=1, teacher_start=0.0, cache_dir=cache,
+    )  # fmt: skip
     train(config)
     broken = dataclasses.replace(config, model_dir=str(tmp_path / "broken"))
     train_with_a_break(monkeypatch, broken)
