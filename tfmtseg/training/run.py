@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -91,7 +90,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step)
 
-    seconds = _fit(config, model, labelled, unlabelled, development, checkpoints, first_step)
+    seconds, cpu_seconds = _fit(
+        config, model, labelled, unlabelled, development, checkpoints, first_step
+    )
     _weights(model).write(str(directory / "weights" / "final"))
     result = {
         "method": config.method,
@@ -99,6 +100,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "num_unlabeled": len(splits.unlabeled) if config.uses_unlabelled else 0,
         "train_steps": config.train_steps,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "parameters": model.count_parameters(),
         **compat.versions(),
         "info_nce_implementation": None if model.branch is None else choose(),
@@ -268,8 +270,8 @@ def _fit(
     development: Sequence[Record],
     checkpoints: Checkpoints,
     first_step: int,
-) -> float:
-    """Runs `fit` from `first_step` on; returns the seconds it took."""
+) -> tuple[float, float]:
+    """Runs `fit` from `first_step` on; returns the time of the whole run, see `History`."""
     directory = Path(config.model_dir)
     held_out = None
     if development:
@@ -293,7 +295,7 @@ def _fit(
     )
     drawn = batches if held_out is None else held_out
     images, labels, _ = (part.numpy() for part in next(iter(drawn)))
-    start = time.perf_counter()
+    history = History(directory / "history.csv", config.steps_per_epoch, make_schedule(config))
     model.fit(
         batches,
         epochs=config.train_steps // config.steps_per_epoch,
@@ -305,11 +307,11 @@ def _fit(
         callbacks=[
             Progress(config.train_steps, first_step),
             TensorBoard(directory / "tensorboard", config.steps_per_epoch, (images, labels)),
-            History(directory / "history.csv", config.steps_per_epoch, make_schedule(config)),
+            history,
             checkpoints,
         ],
     )
-    return time.perf_counter() - start
+    return history.seconds
 
 
 @dataclass(frozen=True)
