@@ -18,6 +18,7 @@ from tfmtseg.experiment.plan import (
     open_experiment,
     parse_arms,
     parse_counts,
+    parse_seeds,
     parse_settings,
     plan_runs,
     read_base_settings,
@@ -48,16 +49,15 @@ _FEW = flags.DEFINE_list("few", ["3", "6"], "Numbers of labelled cases that the 
 _PLAN = flags.DEFINE_bool("plan", False, "Only print the runs, with estimates of time and memory.")
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Only write the report again.")
 
-_failed = 0
+SOME_RUN_FAILED = 1  # exit status
 
 
-def _label_efficiency() -> None:
-    global _failed
+def _label_efficiency() -> int:
     directory = Path(_OUTPUT_DIR.value)
     few = parse_counts(_FEW.value)
     if _REPORT_ONLY.value:
         _report(Experiment.read(directory), few)
-        return
+        return 0
     changes = list(_SET.value)
     if _TRAIN_STEPS.value is not None:
         changes.append(f"train_steps={_TRAIN_STEPS.value}")
@@ -69,14 +69,14 @@ def _label_efficiency() -> None:
     runs = plan_runs(experiment, arms, parse_counts(_NUM_LABELED.value), parse_seeds(_SEEDS.value))
     print(describe_plan(experiment, runs, Results.read(experiment.results), _PARALLEL.value))
     if _PLAN.value:
-        return
+        return 0
     experiment.write()
     failed = make_runs(
         experiment, runs, parallel=_PARALLEL.value, tools=Path(__file__).resolve().parent
     )
     if len(failed) < len(runs):
         _report(experiment, few)
-    _failed = len(failed)
+    return SOME_RUN_FAILED if failed else 0
 
 
 def _report(experiment: Experiment, few: list[int]) -> None:
@@ -87,7 +87,7 @@ def _report(experiment: Experiment, few: list[int]) -> None:
 def main(argv: list[str]) -> int:
     del argv  # all flags
     try:
-        return report_problems(_label_efficiency) or (1 if _failed else 0)
+        return report_problems(_label_efficiency)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from here.", file=sys.stderr)
         return 130

@@ -173,6 +173,18 @@ def parse_counts(texts: Sequence[str]) -> list[int]:
     return [0 if text == "all" else int(text) for text in texts]
 
 
+def parse_seeds(texts: Sequence[str]) -> list[int]:
+    """Seeds from texts.
+
+    Raises:
+        InputError: If one is no number.
+    """
+    for text in texts:
+        if not text.isdecimal():
+            raise InputError("--seeds", "value", repr(text), "a number", "correct it")
+    return [int(text) for text in texts]
+
+
 def by_count(num_labeled: int) -> float:
     """Sorts numbers of labelled cases, `all` at the end."""
     return num_labeled or float("inf")

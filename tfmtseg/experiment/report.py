@@ -103,7 +103,9 @@ def _table(contest: Contest) -> list[dict[str, Any]]:
                     f"dice_{region}_std": _spread(region_dice),
                     f"hd95_mm_{region}": float(region_hd95_mm.mean()),
                     f"hd95_mm_{region}_std": _spread(region_hd95_mm),
-                    f"empty_prediction_{region}": sum(s.empty_prediction for r in scores for s in r),
+                    f"empty_prediction_{region}": sum(
+                        s.empty_prediction for r in scores for s in r
+                    ),
                     f"empty_truth_{region}": sum(s.empty_truth for r in scores for s in r),
                 }
             row |= {
@@ -192,7 +194,9 @@ def _head(contest: Contest) -> str:
 def _claims(contest: Contest) -> str:
     lines = ["## Claims", ""]
     if not contest.few:
-        return "\n".join([*lines, "There are no runs at the numbers of labelled cases they are about."])
+        return "\n".join(
+            [*lines, "There are no runs at the numbers of labelled cases they are about."]
+        )
     few = " and ".join(map(count_text, contest.few))
     steps = contest.experiment.settings.train_steps
     ours = contest.find(Arm(CLAIMED, CLAIMED).kind, steps)
@@ -229,8 +233,7 @@ def _third_claim(contest: Contest) -> list[str]:
     if best is None:
         return _claim(title, "not decided", Evidence([], ["a method beside `encdec`"]))
     references = [
-        contest.find(kind, contest.experiment.steps(best))
-        for kind in contest.reference_kinds(best)
+        contest.find(kind, contest.experiment.steps(best)) for kind in contest.reference_kinds(best)
     ]
     evidence = contest.at_few(best.name, [arm.name if arm else "?" for arm in references])
     is_encdec = {arm.name for arm in references if arm and arm.method == "encdec"}
@@ -284,8 +287,7 @@ def _scores(results: Results, rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "## Scores",
         "",
-        "Mean Dice score over the classes: mean ± standard deviation over seeds (number of "
-        "seeds).",
+        "Mean Dice score over the classes: mean ± standard deviation over seeds (number of seeds).",
         "",
         f"| arm | {' | '.join(counts)} |",
         "|---|" + "---|" * len(counts),
@@ -307,9 +309,7 @@ def _scores(results: Results, rows: Sequence[dict[str, Any]]) -> str:
         values = [_with_spread(row[f"dice_{n}"], row[f"dice_{n}_std"], 3) for n in names]
         values += [_with_spread(row[f"hd95_mm_{n}"], row[f"hd95_mm_{n}_std"], 2) for n in names]
         empty = sum(row[f"empty_prediction_{name}"] for name in names)
-        lines.append(
-            f"| `{row['arm']}` | {row['num_labeled']} | {' | '.join(values)} | {empty} |"
-        )
+        lines.append(f"| `{row['arm']}` | {row['num_labeled']} | {' | '.join(values)} | {empty} |")
     return "\n".join(lines)
 
 
