@@ -12,7 +12,7 @@ from tfmtseg.experiment.results import Results, RunResult
 from tfmtseg.metrics.scores import CaseScores, RegionScores
 from tfmtseg.training.config import TrainConfig
 
-FAKE_TRAIN = '''
+FAKE_TRAIN = """
 import csv, json, os, pathlib, sys, time
 flags = dict(flag[2:].split("=", 1) for flag in sys.argv[1:])
 here = pathlib.Path(__file__).parent
@@ -47,9 +47,9 @@ labelled = f"{flags['num_labeled']} {flags['seed']}"
     "method": flags["method"], "train_steps": 4, "seconds": 2.0, "cpu_seconds": 1.5,
     "parameters": {"encoder": 10, "decoder": 5}, "tensorflow": "0.0", "labelled": labelled,
 }))
-'''
+"""
 
-FAKE_EVALUATE = '''
+FAKE_EVALUATE = """
 import json, pathlib, random, sys
 run = pathlib.Path(sys.argv[1].split("=", 1)[1])
 folder = run / "evaluation" / "test"
@@ -67,7 +67,7 @@ def write(file, draws):
 write("metrics.csv", random.Random("/".join(run.parts[-2:])))
 write("shape_prior.csv", random.Random(labelled))
 (folder / "summary.json").write_text(json.dumps({"seconds": 1.0, "empty_truth": {"a": 0}}))
-'''
+"""
 
 
 @pytest.fixture

@@ -134,9 +134,7 @@ def test_further_arms_but_no_other_settings(make_experiment):
 
 def test_estimates_of_the_rule(make_experiment):
     """2 us x 2 patches x 32^3 voxels x 16/8 x 100 steps, 60 s to start, 4 test cases of .5 s."""
-    experiment = make_experiment(
-        "encdec", "sscpcseg", crop=(32, 32, 32), width=16, train_steps=100
-    )
+    experiment = make_experiment("encdec", "sscpcseg", crop=(32, 32, 32), width=16, train_steps=100)
     estimates = Estimates(experiment, Results({}, {}))
     encdec, sscpcseg = (Run(arm, 3, 0) for arm in experiment.arms.values())
     step = 2e-6 * 2 * 32**3 * 2

@@ -27,9 +27,7 @@ def test_wilcoxon_against_all_sign_patterns():
     ranks = stats.rankdata(np.abs(differences))
     observed = ranks[differences > 0].sum()
     middle = ranks.sum() / 2
-    sums = [
-        ranks[np.array(signs)].sum() for signs in itertools.product([True, False], repeat=9)
-    ]
+    sums = [ranks[np.array(signs)].sum() for signs in itertools.product([True, False], repeat=9)]
     extreme = np.mean([abs(s - middle) >= abs(observed - middle) - 1e-9 for s in sums])
     assert wilcoxon_p(differences) == pytest.approx(extreme)
 
