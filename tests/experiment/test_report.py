@@ -14,7 +14,6 @@ from tfmtseg.experiment.report import write_report
 from tfmtseg.experiment.statistics import holm, wilcoxon_p
 
 GAINS = {"encdec": 0.0, "cpcseg": 0.01, "sscpcseg": 0.05, "control_a": 0.02}
-PAPER = dict.fromkeys(("vaeseg", "boundseg", "ssvaeseg"), 0.0)
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_the_margin_of_the_third_claim(report, gain, expected):
     assert claim(text, 3) == expected
 
 
-def test_one_number_of_labels_can_refute(report, make_experiment, make_results):
+def test_one_number_of_labels_can_refute(make_experiment, make_results):
     experiment = make_experiment("encdec", "sscpcseg", "control_a")
     good, bad = (
         make_results({"encdec": 0, "control_a": 0, "sscpcseg": gain}, counts=(count,))

@@ -15,7 +15,15 @@ from math import log
 
 import numpy as np
 
-from tfmtseg.experiment.plan import CONTROLS, KNOWN_ARMS, Arm, Experiment, count_text, parse_arms
+from tfmtseg.experiment.plan import (
+    CONTROLS,
+    KNOWN_ARMS,
+    Arm,
+    Experiment,
+    Kind,
+    count_text,
+    parse_settings,
+)
 from tfmtseg.experiment.results import Results
 from tfmtseg.experiment.statistics import (
     bootstrap_interval,
@@ -139,26 +147,27 @@ class Contest:
         self.equal_steps = self._equal_steps()
         self.equal_time, self.lacking = self._equal_time()
 
-    def find(self, kind: object, steps: int) -> Arm | None:
+    def find(self, kind: Kind, steps: int) -> Arm | None:
         """The arm of a kind that made so many updates."""
         for arm in self.arms:
             if arm.kind == kind and self.experiment.steps(arm) == steps:
                 return arm
         return None
 
-    def reference_kinds(self, arm: Arm) -> list[object]:
-        """What every arm is measured against: `encdec` and its control."""
-        kinds = dict.fromkeys([Arm(BASELINE, BASELINE).kind, control_kind(arm)])
-        return [kind for kind in kinds if kind != arm.kind]
+    def reference(self, known: str, steps: int) -> str:
+        """The name of the arm that is a known one and made so many updates, if there is one."""
+        arm = self.find(kind_of(known), steps)
+        return arm.name if arm else known
 
     def _equal_steps(self) -> list[Comparison]:
         comparisons = []
         for arm in self.arms:
-            kinds = self.reference_kinds(arm)
-            if arm.kind == Arm(CLAIMED, CLAIMED).kind:
-                kinds += [Arm(name, name).kind for name in PAPER_METHODS if name != CLAIMED]
-            for kind in dict.fromkeys(kinds):
-                reference = self.find(kind, self.experiment.steps(arm))
+            steps = self.experiment.steps(arm)
+            names = references(arm)
+            if arm.kind == kind_of(CLAIMED):
+                names += [name for name in PAPER_METHODS if name not in (CLAIMED, *names)]
+            for name in names:
+                reference = self.find(kind_of(name), steps)
                 if reference is not None:
                     comparisons += [
                         compare(self.results, self.subject, arm.name, reference.name, count)
@@ -171,8 +180,8 @@ class Contest:
         comparisons: list[Comparison | None] = []
         lacking = []
         for arm in self.arms:
-            for kind in self.reference_kinds(arm):
-                candidates = [other for other in self.arms if other.kind == kind]
+            for name in references(arm):
+                candidates = [other for other in self.arms if other.kind == kind_of(name)]
                 for count in self.results.counts(arm.name):
                     found = [
                         compare(self.results, self.subject, arm.name, other.name, count)
@@ -208,8 +217,7 @@ class Contest:
         It is chosen by the test cases it is then judged on; the correction for the
         number of comparisons covers this, the intervals do not.
         """
-        controls = [control_kind(arm) for arm in self.arms]
-        controls = [kind for kind in controls if kind in (_kind(name) for name in KNOWN_ARMS)]
+        controls = [kind_of(name) for name in KNOWN_ARMS]
         candidates = [
             arm
             for arm in self.arms
@@ -270,13 +278,19 @@ class Evidence:
         return "holds"
 
 
-def control_kind(arm: Arm) -> object:
-    """The kind of the arm that differs from this one by its second task alone."""
-    return _kind(CONTROLS.get(arm.method, BASELINE))
+def references(arm: Arm) -> list[str]:
+    """Known arms that an arm is measured against: `encdec`, and its control.
+
+    The control differs from the arm by the second task alone.
+    """
+    names = dict.fromkeys([BASELINE, CONTROLS.get(arm.method, BASELINE)])
+    return [name for name in names if kind_of(name) != arm.kind]
 
 
-def _kind(name: str) -> object:
-    return parse_arms([name])[0].kind
+def kind_of(known: str) -> Kind:
+    """The kind of a known arm, or of a method."""
+    method, *settings = KNOWN_ARMS.get(known, known).split(":")
+    return Arm(known, method, parse_settings(settings, known)).kind
 
 
 def _corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison]:

@@ -38,6 +38,7 @@ KNOWN_ARMS = {"control_a": "sscpcseg:branch_weight=0"}
 CONTROLS = {"sscpcseg": "control_a", "bcpcpcseg": "bcp"}
 # What the experiment itself sets for each run.
 OWN_SETTINGS = {"data_dir", "model_dir", "cache_dir", "method", "num_labeled", "seed"}
+Kind = tuple[str, tuple[tuple[str, Any], ...]]  # method and settings
 _ARM_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -56,7 +57,7 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
-    def kind(self) -> tuple[str, tuple[tuple[str, Any], ...]]:
+    def kind(self) -> Kind:
         """What is the same for arms that differ in name and number of steps only."""
         rest = {name: value for name, value in self.settings.items() if name != "train_steps"}
         return self.method, tuple(sorted(rest.items()))

@@ -20,6 +20,7 @@ import numpy as np
 from tfmtseg.data.splits import subject_of
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.claims import (
+    BASELINE,
     CLAIMED,
     MARGIN,
     MIN_SEEDS,
@@ -29,9 +30,17 @@ from tfmtseg.experiment.claims import (
     Contest,
     Evidence,
     compare,
-    control_kind,
+    references,
 )
-from tfmtseg.experiment.plan import SHAPE_PRIOR, Arm, Experiment, Run, by_count, count_text
+from tfmtseg.experiment.plan import (
+    CONTROLS,
+    SHAPE_PRIOR,
+    Arm,
+    Experiment,
+    Run,
+    by_count,
+    count_text,
+)
 from tfmtseg.experiment.results import Results, write_rows
 from tfmtseg.experiment.statistics import REPLICATES, bootstrap_interval
 from tfmtseg.files import atomic_path, write_text
@@ -199,16 +208,10 @@ def _claims(contest: Contest) -> str:
         )
     few = " and ".join(map(count_text, contest.few))
     steps = contest.experiment.settings.train_steps
-    ours = contest.find(Arm(CLAIMED, CLAIMED).kind, steps)
-    name = ours.name if ours else CLAIMED
-
-    def names(kinds: Sequence[object], fallback: Sequence[str]) -> list[str]:
-        found = [contest.find(kind, steps) for kind in kinds]
-        return [arm.name if arm else text for arm, text in zip(found, fallback, strict=True)]
-
-    others = [method for method in PAPER_METHODS if method != CLAIMED]
-    s1 = contest.at_few(name, names([Arm(m, m).kind for m in others], others))
-    s2 = contest.at_few(name, names([control_kind(Arm(CLAIMED, CLAIMED))], ["control_a"]))
+    ours = contest.reference(CLAIMED, steps)
+    others = [contest.reference(name, steps) for name in PAPER_METHODS if name != CLAIMED]
+    s1 = contest.at_few(ours, others)
+    s2 = contest.at_few(ours, [contest.reference(CONTROLS[CLAIMED], steps)])
     lines += [
         f"Judged with {few} labelled cases, at equal steps. A difference counts as a gain if its "
         f"95 % interval lies above 0 and its corrected p-value is below .05; with fewer than "
@@ -232,14 +235,14 @@ def _third_claim(contest: Contest) -> list[str]:
     best = contest.best()
     if best is None:
         return _claim(title, "not decided", Evidence([], ["a method beside `encdec`"]))
-    references = [
-        contest.find(kind, contest.experiment.steps(best)) for kind in contest.reference_kinds(best)
-    ]
-    evidence = contest.at_few(best.name, [arm.name if arm else "?" for arm in references])
-    is_encdec = {arm.name for arm in references if arm and arm.method == "encdec"}
+    steps = contest.experiment.steps(best)
+    baseline = contest.reference(BASELINE, steps)
+    evidence = contest.at_few(
+        best.name, [contest.reference(name, steps) for name in references(best)]
+    )
 
     def holds(comparison: Comparison) -> bool:
-        margin = MARGIN if comparison.reference in is_encdec else 0
+        margin = MARGIN if comparison.reference == baseline else 0
         return comparison.is_gain and comparison.difference >= margin
 
     lines = _claim(title + f" (best: `{best.name}`)", evidence.verdict(holds), evidence)
@@ -248,13 +251,13 @@ def _third_claim(contest: Contest) -> list[str]:
 
 def _labels_saved(contest: Contest, best: Arm) -> list[str]:
     """The best method with few labels against `encdec` with more."""
-    baseline = contest.find(Arm("encdec", "encdec").kind, contest.experiment.steps(best))
+    baseline = contest.reference(BASELINE, contest.experiment.steps(best))
     found = [
-        compare(contest.results, contest.subject, best.name, baseline.name, count, more)
+        compare(contest.results, contest.subject, best.name, baseline, count, more)
         for count in contest.few
-        for more in (contest.results.counts(baseline.name) if baseline else [])
+        for more in contest.results.counts(baseline)
         if by_count(more) > by_count(count)
-    ] if baseline else []  # fmt: skip
+    ]
     known = [comparison for comparison in found if comparison is not None]
     if not known:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -87,21 +88,28 @@ def bootstrap_interval(
     Reference:
         Owen, 2007. The pigeonhole bootstrap. Annals of Applied Statistics 1(2), 386-411.
     """
-    random = np.random.default_rng(seed)
-    num_seeds, num_cases = values.shape
-    seed_counts = random.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=replicates)
-    names = np.array(subjects)
-    distinct = list(dict.fromkeys(subjects))
-    subject_counts = random.multinomial(
-        len(distinct), [1 / len(distinct)] * len(distinct), size=replicates
-    )
-    case_counts = np.zeros((replicates, num_cases))
-    for index, name in enumerate(distinct):
-        cases = np.flatnonzero(names == name)
-        drawn = len(cases) * subject_counts[:, index]
-        case_counts[:, cases] = random.multinomial(drawn, [1 / len(cases)] * len(cases))
-    sums = np.einsum("rs,sc,rc->r", seed_counts, values, case_counts, optimize=True)
-    means = sums / (num_seeds * case_counts.sum(axis=1))
+    seed_counts, case_counts = _draw(len(values), tuple(subjects), replicates, seed)
+    sums = ((seed_counts @ values) * case_counts).sum(axis=1)
+    means = sums / (len(values) * case_counts.sum(axis=1))
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(means, [tail, 100 - tail])
     return float(low), float(high)
+
+
+@lru_cache(maxsize=8)  # nearly all intervals of a report are of the same seeds and cases
+def _draw(
+    num_seeds: int, subjects: tuple[str, ...], replicates: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """How often each replicate draws each seed and each case, `(replicates, ...)`."""
+    random = np.random.default_rng(seed)
+    distinct = list(dict.fromkeys(subjects))
+    seed_counts = random.multinomial(num_seeds, [1 / num_seeds] * num_seeds, size=replicates)
+    subject_counts = random.multinomial(
+        len(distinct), [1 / len(distinct)] * len(distinct), size=replicates
+    )
+    case_counts = np.zeros((replicates, len(subjects)))
+    for index, name in enumerate(distinct):
+        cases = np.flatnonzero(np.array(subjects) == name)
+        drawn = len(cases) * subject_counts[:, index]
+        case_counts[:, cases] = random.multinomial(drawn, [1 / len(cases)] * len(cases))
+    return seed_counts, case_counts
