@@ -1,7 +1,8 @@
 """Trains and tests every arm at every number of labelled cases, and writes what it shows.
 
-An arm is a method, or NAME=METHOD:SETTING=VALUE:... Run it again with the same flags to
-go on after a break, or with further arms, numbers or seeds to add to the experiment.
+An arm is a method, or NAME=METHOD:SETTING=VALUE:..., such as
+long=encdec:train_steps=6000:crop=32/48/32. Run it again with the same flags to go on
+after a break, or with further arms, numbers or seeds to add to the experiment.
 """
 
 from __future__ import annotations

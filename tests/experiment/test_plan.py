@@ -26,7 +26,7 @@ from tfmtseg.training.config import TrainConfig
 
 
 def test_arms():
-    texts = ["shape_prior", "encdec", "control_a", "long=encdec:train_steps=40:crop=16x32x8"]
+    texts = ["shape_prior", "encdec", "control_a", "long=encdec:train_steps=40:crop=16/32/8"]
     encdec, control, long = parse_arms(texts)
     assert (encdec.method, encdec.settings) == ("encdec", {})
     assert (control.method, control.settings) == ("sscpcseg", {"branch_weight": 0.0})
@@ -100,7 +100,7 @@ def test_runs_are_checked_before_the_first_starts(make_experiment):
 
 def test_flags_give_the_settings_of_the_run(make_experiment):
     """The command line of a run, read as tools/train.py does, is its configuration."""
-    experiment = make_experiment("x=sscpcseg:crop=32x16x8:flips=truexfalsexfalse", width=16)
+    experiment = make_experiment("x=sscpcseg:crop=32/16/8:flips=true/false/false", width=16)
     run = Run(experiment.arms["x"], 0, 4)
     flags = experiment.train_flags(run, experiment.data_dir, str(experiment.directory))
     values = dict(flag[2:].split("=", 1) for flag in flags)
@@ -111,7 +111,7 @@ def test_flags_give_the_settings_of_the_run(make_experiment):
 
 
 def test_reading_back(make_experiment):
-    experiment = make_experiment("encdec", "control_a", "x=encdec:crop=16x32x8", width=16)
+    experiment = make_experiment("encdec", "control_a", "x=encdec:crop=16/32/8", width=16)
     again = Experiment.read(experiment.directory)
     assert again == dataclasses.replace(experiment, data_dir="")
 

@@ -18,7 +18,7 @@ from tfmtseg.data.phantom import write_phantoms
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "label_efficiency.py"
 SETTINGS = {
     "regions": "brats_msd", "num_test": 2, "width": 8, "predictor_blocks": 1,
-    "crop": "32x32x32", "cube_size": 16, "dropout": 0.1, "steps_per_epoch": 1,
+    "crop": "32,32,32", "cube_size": 16, "dropout": 0.1, "steps_per_epoch": 1,
     "ema_momentum": 0.5, "learning_rate": 0.003,
 }  # fmt: skip
 SETS = [f"--set={name}={value}" for name, value in SETTINGS.items()]

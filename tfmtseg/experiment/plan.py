@@ -65,20 +65,20 @@ class Arm:
     @property
     def definition(self) -> str:
         """The arm as `--arms` takes it."""
-        settings = [f"{name}={_text(value, 'x')}" for name, value in self.settings.items()]
+        settings = [f"{name}={_text(value, '/')}" for name, value in self.settings.items()]
         body = ":".join([self.method, *settings])
         return self.name if body == KNOWN_ARMS.get(self.name, self.name) else f"{self.name}={body}"
 
 
 def _text(value: Any, separator: str) -> str:
-    """A setting as a flag has it."""
+    """A setting as a flag has it; tuples within a tuple are joined by x."""
     if isinstance(value, tuple):
-        return separator.join(_text(item, separator) for item in value)
+        return separator.join(_text(item, "x") for item in value)
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def parse_settings(texts: Sequence[str], origin: str) -> dict[str, Any]:
-    """Settings from texts such as `train_steps=300` or `crop=32x48x32`.
+    """Settings from texts such as `train_steps=300`, `crop=32,48,32` or `crop=32/48/32`.
 
     Raises:
         InputError: If one is unknown, has a bad value, or is set by the experiment.
@@ -92,7 +92,7 @@ def parse_settings(texts: Sequence[str], origin: str) -> dict[str, Any]:
                 + ", ".join(sorted(OWN_SETTINGS)), "see --helpfull of tools/train.py for the names",
             )  # fmt: skip
         several = isinstance(getattr(TrainConfig, name, None), tuple)
-        values[name] = re.split("[x,]", value) if several else value
+        values[name] = re.split("[/,]", value) if several else value
     config = TrainConfig.from_mapping(values, origin)
     return {name: getattr(config, name) for name in values}
 
@@ -100,7 +100,7 @@ def parse_settings(texts: Sequence[str], origin: str) -> dict[str, Any]:
 def parse_arms(texts: Sequence[str]) -> list[Arm]:
     """Arms from texts: `NAME`, or `NAME=METHOD:SETTING=VALUE:...`.
 
-    A bare name is a method, one of `KNOWN_ARMS`, or `SHAPE_PRIOR`, which is left out.
+    Values are written as for tools/train.py, with / for the comma. A bare name is a method, one of `KNOWN_ARMS`, or `SHAPE_PRIOR`, which is left out.
 
     Raises:
         InputError: If a name or a method is unknown, a name comes twice, a setting is
@@ -299,7 +299,9 @@ def read_base_settings(
     Raises:
         InputError: If the folder or a setting cannot be used.
     """
-    origin = config_file or find_preset(read_data_folder(data_dir).name)
+    origin: str | Path | None = config_file
+    if not origin and data_dir:
+        origin = find_preset(read_data_folder(data_dir).name)
     values = read_settings(origin) if origin else {}
     TrainConfig.from_mapping(values, str(origin))  # names the file, should it be wrong
     shared = {name: value for name, value in values.items() if name not in OWN_SETTINGS}
