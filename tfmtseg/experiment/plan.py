@@ -100,7 +100,8 @@ def parse_settings(texts: Sequence[str], origin: str) -> dict[str, Any]:
 def parse_arms(texts: Sequence[str]) -> list[Arm]:
     """Arms from texts: `NAME`, or `NAME=METHOD:SETTING=VALUE:...`.
 
-    Values are written as for tools/train.py, with / for the comma. A bare name is a method, one of `KNOWN_ARMS`, or `SHAPE_PRIOR`, which is left out.
+    Values are written as for tools/train.py, with / for the comma. A bare name is a
+    method, one of `KNOWN_ARMS`, or `SHAPE_PRIOR`, which is left out.
 
     Raises:
         InputError: If a name or a method is unknown, a name comes twice, a setting is
