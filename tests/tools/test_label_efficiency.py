@@ -58,7 +58,7 @@ def test_bad_input(data, tmp_path):
     assert "data folder is missing" in done.stderr
     done = call(data, tmp_path / "out", "--report_only")
     assert done.returncode == 2
-    assert "experiment.yaml" in done.stderr
+    assert f"{tmp_path / 'out'}: experiment is missing, must be" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

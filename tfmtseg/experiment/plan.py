@@ -277,6 +277,11 @@ class Experiment:
             InputError: If there is none, or its files are damaged.
         """
         files = [directory / "results" / name for name in ("settings.yaml", "experiment.yaml")]
+        if not all(path.exists() for path in files):
+            raise InputError(
+                directory, "experiment", "missing", "a folder with results/experiment.yaml",
+                "correct --output_dir, or repeat the command without --report_only",
+            )  # fmt: skip
         settings = TrainConfig.from_mapping(read_settings(files[0]), str(files[0]))
         content = read_settings(files[1])
         arms = {}
