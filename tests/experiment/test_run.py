@@ -88,9 +88,9 @@ def steps(experiment: Experiment, run: Run) -> int:
 
 
 def start_experiment(
-    experiment: Experiment, runs: list[Run], tools: Path, parallel: int
+    experiment: Experiment, runs: list[Run], tools: Path, parallel: int, system: str = "linux"
 ) -> subprocess.Popen:
-    """Makes the runs in another process."""
+    """Makes the runs in another process; `system` may pretend that this is no Linux."""
     code = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -98,6 +98,7 @@ def start_experiment(
         "from tfmtseg.experiment.plan import Experiment, Run\n"
         "import dataclasses\n"
         "run._POLL_SECONDS = 0.02\n"
+        f"run._LAUNCHER = run._LAUNCHER.replace('linux', {system!r})\n"
         "experiment = dataclasses.replace(Experiment.read(Path(sys.argv[1])), data_dir='.')\n"
         "runs = [Run(experiment.arms[a], int(n), int(s)) for a, n, s in\n"
         "        (text.split(',') for text in sys.argv[4:])]\n"
@@ -138,6 +139,27 @@ def test_a_killed_experiment_goes_on(make_experiment, tools):
     ]
     cases = [(e.results / "cases.csv").read_bytes() for e in (whole, experiment)]
     assert cases[0] == cases[1]
+
+
+def test_runs_that_outlive_their_experiment_keep_the_next_call_off(
+    make_experiment, tools, monkeypatch
+):
+    """Where runs do not end with the experiment, they hold its lock."""
+    monkeypatch.setattr(run_module, "_PATIENCE_SECONDS", 0)
+    experiment = make_experiment("encdec")
+    (run,) = all_runs(experiment)
+    (tools / "block").write_text(str(run))
+    program = start_experiment(experiment, [run], tools, parallel=1, system="unknown")
+    wait_for(lambda: steps(experiment, run) == 2)
+    program.kill()
+    program.wait(60)
+    with pytest.raises(InputError, match="experiment is at work in another process"):
+        make_runs(experiment, [run], parallel=1, tools=tools)
+    (tools / "block").unlink()
+    left_behind = int((experiment.run_directory(run) / "pid").read_text())
+    wait_for(lambda: not at_work(left_behind))
+    assert make_runs(experiment, [run], parallel=1, tools=tools) == []
+    assert calls(tools) == [f"{run} from {step} threads 1" for step in (0, 4)]
 
 
 def at_work(process: int) -> bool:

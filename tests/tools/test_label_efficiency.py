@@ -17,16 +17,16 @@ from tfmtseg.data.phantom import write_phantoms
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "label_efficiency.py"
 SETTINGS = {
-    "regions": "brats_msd", "num_test": 2, "width": 8, "predictor_blocks": 1,
-    "crop": "32,32,32", "cube_size": 16, "dropout": 0.1, "steps_per_epoch": 1,
-    "ema_momentum": 0.5, "learning_rate": 0.003,
+    "regions": "brats_msd", "num_test": 2, "width": 8, "crop": "16,16,16", "dropout": 0.1,
+    "steps_per_epoch": 1, "ema_momentum": 0.5, "learning_rate": 0.003,
 }  # fmt: skip
+ARMS = "--arms=shape_prior,encdec,plain=encdec:dropout=0"
 SETS = [f"--set={name}={value}" for name, value in SETTINGS.items()]
 
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    write_phantoms(tmp_path / "data", 4, shape=(32, 32, 32))
+    write_phantoms(tmp_path / "data", 4, shape=(24, 24, 24))
     return tmp_path / "data"
 
 
@@ -49,14 +49,8 @@ def test_the_plan_trains_and_writes_nothing(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_input(data, tmp_path):
-    done = call(data, tmp_path / "out", "--arms=unet")
-    assert done.returncode == 2
-    assert "--arms: arm is 'unet'" in done.stderr
-    done = call(tmp_path / "none", tmp_path / "out", "--arms=encdec")
-    assert done.returncode == 2
-    assert "data folder is missing" in done.stderr
-    done = call(data, tmp_path / "out", "--report_only")
+def test_a_report_on_nothing(tmp_path):
+    done = call(tmp_path / "none", tmp_path / "out", "--report_only")
     assert done.returncode == 2
     assert f"{tmp_path / 'out'}: experiment is missing, must be" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -76,17 +70,17 @@ def table(output_dir: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a dozen starts of TensorFlow
 def test_a_killed_experiment_gives_the_same_table(data, tmp_path):
     """kill -9 after the second arm's first checkpoint; beside it two runs side by side."""
-    arms = "--arms=shape_prior,encdec,sscpcseg"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = call(data, whole, arms, "--parallel=2")
+    done = call(data, whole, ARMS, "--parallel=2")
     assert done.returncode == 0, done.stderr
 
-    history = broken / "runs" / "sscpcseg" / "n1_seed0" / "history.csv"
+    history = broken / "runs" / "plain" / "n1_seed0" / "history.csv"
     checkpoint = history.parent / "checkpoints" / "checkpoint"
-    killed = subprocess.Popen(command(data, broken, arms), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
+    killed = subprocess.Popen(command(data, broken, ARMS), stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 600
     while not checkpoint.exists():
         assert killed.poll() is None
         assert time.monotonic() < deadline
@@ -98,14 +92,14 @@ def test_a_killed_experiment_gives_the_same_table(data, tmp_path):
     before = encdec.stat().st_mtime_ns
 
     shutil.rmtree(encdec.parent / "checkpoints")  # a repeated run would miss them
-    done = call(data, broken, arms)
+    done = call(data, broken, ARMS)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 runs to make" in done.stdout
     assert encdec.stat().st_mtime_ns == before
     assert "Going on after step 1" in (history.parent / "log.txt").read_text()
     assert scores(broken) == scores(whole)
     assert table(broken) == table(whole)
-    assert {row["arm"] for row in table(whole)} == {"shape_prior", "encdec", "sscpcseg"}
+    assert {row["arm"] for row in table(whole)} == {"shape_prior", "encdec", "plain"}
     report = (whole / "results" / "report.md").read_text()
     assert str(tmp_path) not in report
 
@@ -118,6 +112,6 @@ def test_a_killed_experiment_gives_the_same_table(data, tmp_path):
     )
     assert done.returncode == 0
     assert (kept / "results" / "report.md").read_text() == report
-    done = call(data, kept, arms, "--set=width=16")
+    done = call(data, kept, ARMS, "--set=width=16")
     assert done.returncode == 2
     assert f"{kept}: width is 8, must be 16, as asked for now. Fix: " in done.stderr
