@@ -17,7 +17,17 @@ def test_written_and_read_back_to_the_last_digit(make_results, tmp_path):
     assert Results.read(tmp_path / "none") == Results({}, {})
     head = (tmp_path / "cases.csv").read_text().splitlines()[:2]
     assert head[0] == "arm,num_labeled,seed,case,class,dice,hd95_mm,empty_prediction,empty_truth"
-    assert head[1].startswith("shape_prior,all,1,p0_1,a,0.")
+    assert head[1].startswith("shape_prior,3,0,p0_1,a,0.")
+
+
+def test_the_order_of_finishing_does_not_matter(make_results, tmp_path):
+    results = make_results({"encdec": 0.1, "sscpcseg": 0.2}, num_seeds=2)
+    turned = Results(*(dict(reversed(part.items())) for part in (results.runs, results.scores)))
+    for name, content in (("one", results), ("other", turned)):
+        content.write(tmp_path / name)
+    for file in ("runs.csv", "cases.csv"):
+        one, other = ((tmp_path / name / file).read_bytes() for name in ("one", "other"))
+        assert one == other
 
 
 def test_a_run_that_was_not_written_to_its_end_is_not_there(make_results, tmp_path):
@@ -32,7 +42,6 @@ def test_a_run_that_was_not_written_to_its_end_is_not_there(make_results, tmp_pa
 
 def test_looking_up(make_results):
     results = make_results({"encdec": 0.1, "sscpcseg": 0.2}, num_seeds=2, subjects=3)
-    assert results.arms() == ["shape_prior", "encdec", "sscpcseg"]
     assert results.counts() == results.counts("encdec") == [3, 6, 0]
     assert results.seeds("encdec", 6) == [0, 1]
     assert results.regions == ("a", "b")

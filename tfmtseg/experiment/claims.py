@@ -143,7 +143,8 @@ class Contest:
         self.results = results
         self.subject = subject
         self.few = [count for count in results.counts() if count in few]
-        self.arms = [a for name, a in experiment.arms.items() if name in results.arms()]
+        finished = {arm for arm, _, _ in results.runs}
+        self.arms = [arm for name, arm in experiment.arms.items() if name in finished]
         self.equal_steps = self._equal_steps()
         self.equal_time, self.lacking = self._equal_time()
 

@@ -78,7 +78,7 @@ def write_report(experiment: Experiment, few: Sequence[int]) -> None:
     if comparisons:
         write_rows(experiment.results / "comparisons.csv", comparisons)
     with atomic_path(experiment.results / "dice.png") as path:
-        path.write_bytes(_diagram(rows, results))
+        path.write_bytes(_diagram(contest, rows))
     write_text(experiment.results / "report.md", _report(contest, rows))
 
 
@@ -87,7 +87,7 @@ def _table(contest: Contest) -> list[dict[str, Any]]:
     results = contest.results
     subjects = [contest.subject(case) for case in results.cases]
     rows = []
-    for arm in results.arms():
+    for arm in _arm_names(contest):
         for count in results.counts(arm):
             seeds = results.seeds(arm, count)
             dice = results.dice(arm, count, seeds)
@@ -142,10 +142,15 @@ def _comparison_row(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _diagram(rows: Sequence[dict[str, Any]], results: Results) -> bytes:
-    counts = [count_text(count) for count in results.counts()]
+def _arm_names(contest: Contest) -> list[str]:
+    """The arms in the order in which they were first asked for, after the shape prior."""
+    return [SHAPE_PRIOR, *(arm.name for arm in contest.arms)]
+
+
+def _diagram(contest: Contest, rows: Sequence[dict[str, Any]]) -> bytes:
+    counts = [count_text(count) for count in contest.results.counts()]
     lines = []
-    for arm in results.arms():
+    for arm in _arm_names(contest):
         mine = [row for row in rows if row["arm"] == arm]
         lines.append(
             ScoreLine(
@@ -166,7 +171,7 @@ def _report(contest: Contest, rows: Sequence[dict[str, Any]]) -> str:
     sections = [
         _head(contest),
         _claims(contest),
-        _scores(contest.results, rows),
+        _scores(contest, rows),
         _differences(contest),
         _costs(rows),
         _method(contest),
@@ -284,7 +289,8 @@ def _claim(title: str, verdict: str, evidence: Evidence) -> list[str]:
     return lines
 
 
-def _scores(results: Results, rows: Sequence[dict[str, Any]]) -> str:
+def _scores(contest: Contest, rows: Sequence[dict[str, Any]]) -> str:
+    results = contest.results
     counts = [count_text(count) for count in results.counts()]
     cells = {(row["arm"], row["num_labeled"]): row for row in rows}
     lines = [
@@ -295,7 +301,7 @@ def _scores(results: Results, rows: Sequence[dict[str, Any]]) -> str:
         f"| arm | {' | '.join(counts)} |",
         "|---|" + "---|" * len(counts),
     ]
-    for arm in results.arms():
+    for arm in _arm_names(contest):
         mine = [cells.get((arm, count)) for count in counts]
         lines.append(f"| `{arm}` | {' | '.join(_score(row) for row in mine)} |")
     lines += ["", "![Dice score over the number of labelled cases](dice.png)", ""]

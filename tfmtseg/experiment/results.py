@@ -78,10 +78,6 @@ class Results:
     runs: Mapping[Key, RunResult]
     scores: Mapping[Key, tuple[CaseScores, ...]]
 
-    def arms(self) -> list[str]:
-        """Names of the arms, the shape prior first."""
-        return sorted(dict.fromkeys(key[0] for key in self.runs), key=lambda n: n != SHAPE_PRIOR)
-
     def counts(self, arm: str | None = None) -> list[int]:
         """Numbers of labelled cases, in rising order."""
         return sorted({k[1] for k in self.runs if arm in (None, k[0])}, key=by_count)
@@ -144,7 +140,11 @@ class Results:
         )
 
     def write(self, directory: Path) -> None:
-        """Writes `cases.csv`, then `runs.csv`: a run without a row in the latter is not there."""
+        """Writes `cases.csv`, then `runs.csv`: a run without a row in the latter is not there.
+
+        Rows are sorted, so that they do not depend on which run was finished first.
+        """
+        keys = sorted(self.runs, key=lambda k: (k[0] != SHAPE_PRIOR, k[0], by_count(k[1]), k[2]))
         case_rows = [
             {
                 "arm": arm, "num_labeled": count_text(num_labeled), "seed": seed,
@@ -152,13 +152,11 @@ class Results:
                 "empty_prediction": int(score.empty_prediction),
                 "empty_truth": int(score.empty_truth),
             }
-            for (arm, num_labeled, seed), scores in self.scores.items()
-            for case in scores
+            for arm, num_labeled, seed in keys
+            for case in self.scores[arm, num_labeled, seed]
             for name, score in case.regions.items()
         ]  # fmt: skip
-        run_rows = [
-            {**vars(run), "num_labeled": count_text(run.num_labeled)} for run in self.runs.values()
-        ]
+        run_rows = [{**vars(self.runs[key]), "num_labeled": count_text(key[1])} for key in keys]
         write_rows(directory / "cases.csv", case_rows)
         write_rows(directory / "runs.csv", run_rows)
 
