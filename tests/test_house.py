@@ -32,6 +32,7 @@ ALLOWED = {
     "training": BASE | {"ops", "losses", "metrics", "models", "data"},
     "inference": BASE | {"ops", "losses", "metrics", "models", "data", "training"},
     "export": BASE | {"ops", "losses", "metrics", "models", "data", "training", "inference"},
+    "experiment": BASE | {"metrics", "models", "data", "training", "inference"},
     # Above all parts, only for tools/:
     "console": {"errors"},
     "demo": BASE | {"ops", "losses", "metrics", "models", "data", "training", "inference"},

@@ -12,11 +12,14 @@ from tfmtseg.errors import InputError, InputErrors, InputWarning
 BAD_INPUT = 2  # exit status
 
 
-def report_problems(action: Callable[[], None]) -> int:
+def report_problems(action: Callable[[], int | None]) -> int:
     """Runs `action`; problems with the input become lines on standard error.
 
+    Args:
+        action: Returns the exit status, or nothing for 0.
+
     Returns:
-        The exit status: 0, or 2 if the input cannot be used.
+        The exit status; 2 if the input cannot be used.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)  # TensorFlow tells of every checkpoint
     show = warnings.showwarning
@@ -30,8 +33,7 @@ def report_problems(action: Callable[[], None]) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = one_line  # type: ignore[assignment]
         try:
-            action()
+            return action() or 0
         except (InputError, InputErrors) as error:
             print(error, file=sys.stderr)
             return BAD_INPUT
-    return 0

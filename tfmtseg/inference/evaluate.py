@@ -3,6 +3,7 @@
 `evaluate` writes into `MODEL_DIR/evaluation/SPLIT/`:
 
     metrics.csv                 one row per case
+    shape_prior.csv             the same for the shape prior
     summary.json                means, spreads, counts, the shape prior's scores
     predictions/CASE.nii.gz     label maps in the geometry of their images
     report.html                 all of it to look at
@@ -76,6 +77,7 @@ def evaluate(model_dir: str | os.PathLike[str], split: str = "test") -> dict[str
         "versions": compat.versions(),
     }
     _write_metrics(directory / "metrics.csv", scores)
+    _write_metrics(directory / "shape_prior.csv", prior_scores)
     write_json(directory / "summary.json", summary)
     write_report(directory / "report.html", [read_run_report(run, split)])
     return summary
@@ -136,11 +138,21 @@ def read_run_report(run: Run, split: str, name: str | None = None) -> RunReport:
         regions=run.regions,
         result=result,
         summary=_read_json(directory / "summary.json", "evaluate the model first"),
-        scores=_read_metrics(directory / "metrics.csv", run.regions.names),
+        scores=read_metrics(directory / "metrics.csv", run.regions.names),
         history=_read_history(run.directory / result.get("history_file", "history.csv")),
         modality=run.modalities[0],
         read_case=read_case,
     )
+
+
+def read_metrics(path: Path, regions: Sequence[str]) -> list[CaseScores]:
+    """Reads `metrics.csv` or `shape_prior.csv`.
+
+    Args:
+        path: The file.
+        regions: Names of the regions, in their order.
+    """
+    return [CaseScores.from_columns(row["case"], row, regions) for row in _read_rows(path)]
 
 
 def _directory(run: Run, split: str) -> Path:
@@ -210,11 +222,6 @@ def _write_metrics(path: Path, scores: Sequence[CaseScores]) -> None:
     writer.writeheader()
     writer.writerows({"case": case.case, **case.columns()} for case in scores)
     write_text(path, text.getvalue())
-
-
-def _read_metrics(path: Path, regions: Sequence[str]) -> list[CaseScores]:
-    """The inverse of `_write_metrics`."""
-    return [CaseScores.from_columns(row["case"], row, regions) for row in _read_rows(path)]
 
 
 def _read_history(path: Path) -> dict[str, np.ndarray]:

@@ -122,6 +122,52 @@ def draw_case_scores(names: Sequence[str], runs: Sequence[Sequence[CaseScores]])
     return _png(figure)
 
 
+@dataclass(frozen=True)
+class ScoreLine:
+    """The scores of one method at several numbers of labelled cases.
+
+    Args:
+        label: Its name in the legend.
+        places: Indices into the axis of numbers of cases.
+        means: Mean score at each place.
+        intervals: Lower and upper end at each place.
+        dashed: Whether the line is dashed.
+    """
+
+    label: str
+    places: Sequence[int]
+    means: Sequence[float]
+    intervals: Sequence[tuple[float, float]]
+    dashed: bool = False
+
+
+def draw_label_efficiency(lines: Sequence[ScoreLine], counts: Sequence[str], y_label: str) -> bytes:
+    """A diagram of scores over the number of labelled cases, with their intervals.
+
+    Args:
+        lines: At least one.
+        counts: Names of the places on the x axis, evenly apart.
+        y_label: What the scores are.
+    """
+    figure, axes = _diagram((6.4, 4.0))
+    for index, line in enumerate(lines):
+        # Beside each other, so that intervals do not hide each other.
+        x = np.array(line.places) + 0.4 * ((index + 0.5) / len(lines) - 0.5)
+        color = _MUTED if line.dashed else run_color(index)
+        low, high = np.transpose(line.intervals)
+        axes.plot(
+            x, line.means, color=color, label=_plain(line.label), marker="o", markersize=4,
+            linewidth=1.2, linestyle=(0, (3, 2)) if line.dashed else "-",
+        )  # fmt: skip
+        axes.vlines(x, low, high, color=color, linewidth=1.2, alpha=0.7)
+    axes.set_xticks(range(len(counts)), counts)
+    axes.set_xlim(-0.5, len(counts) - 0.5)
+    axes.set_xlabel("labelled cases")
+    axes.set_ylabel(y_label)
+    figure.legend(frameon=False, labelcolor=_INK, loc="outside right upper", handlelength=1.6)
+    return _png(figure)
+
+
 def slice_places(truth: np.ndarray) -> tuple[int, int, int]:
     """Along each axis, the slice with the most labelled voxels; the middle if there are none."""
     filled = truth > 0

@@ -7,6 +7,7 @@ import io
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ class Progress(keras.callbacks.Callback):
 class History(keras.callbacks.Callback):
     """Writes one line per virtual epoch to a CSV file; goes on where it stopped.
 
+    The columns `seconds` and `cpu_seconds` (of all threads) count from the first update,
+    without the time in which a run lay broken and what it lost by that.
+
     Args:
         path: The file.
         steps_per_epoch: Updates per line.
@@ -76,6 +80,11 @@ class History(keras.callbacks.Callback):
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 self.rows = list(csv.DictReader(file))
+        self.clock = _Clock()
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Starts the clock."""
+        self.clock = _Clock()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds a line; lines of this and later epochs, left by a break, go."""
@@ -84,12 +93,40 @@ class History(keras.callbacks.Callback):
         values = {name: float(value) for name, value in sorted((logs or {}).items())}
         values.pop("learning_rate", None)
         rate = float(self.schedule(step - 1))
-        self.rows.append({"step": step, "learning_rate": rate, **values})
+        spent = zip(self.seconds, self.clock.lap(), strict=True)
+        seconds, cpu_seconds = (round(before + now, 2) for before, now in spent)
+        self.rows.append(
+            {
+                "step": step,
+                "learning_rate": rate,
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                **values,
+            }
+        )
         text = io.StringIO()
         writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.path, text.getvalue())
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Wall-clock and processor time up to the last line."""
+        last = self.rows[-1] if self.rows else {"seconds": 0, "cpu_seconds": 0}
+        return float(last["seconds"]), float(last["cpu_seconds"])
+
+
+class _Clock:
+    """Wall-clock and processor time."""
+
+    def __init__(self) -> None:
+        self._mark = time.perf_counter(), time.process_time()
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds of both since the last call, or since it was made."""
+        before, self._mark = self._mark, (time.perf_counter(), time.process_time())
+        return self._mark[0] - before[0], self._mark[1] - before[1]
 
 
 class TensorBoard(keras.callbacks.Callback):

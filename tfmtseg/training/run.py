@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import re
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +106,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step)
 
-    seconds = _fit(config, model, labelled, unlabelled, development, checkpoints, first_step)
+    seconds, cpu_seconds = _fit(
+        config, model, labelled, unlabelled, development, checkpoints, first_step
+    )
     write_weights(directory, model)
     num_labeled, num_unlabeled = len(splits.labeled), len(splits.unlabeled)
     if config.mode == "pretrain":
@@ -122,6 +123,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "num_unlabeled": num_unlabeled if config.uses_unlabelled else 0,
         "train_steps": config.train_steps,
         "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "parameters": model.count_parameters(),
         **compat.versions(),
         "info_nce_implementation": choose() if contrastive else None,
@@ -312,8 +314,8 @@ def _fit(
     development: Sequence[Record],
     checkpoints: Checkpoints,
     first_step: int,
-) -> float:
-    """Runs `fit` from `first_step` on; returns the seconds it took."""
+) -> tuple[float, float]:
+    """Runs `fit` from `first_step` on; returns the time of the whole run, see `History`."""
     directory = Path(config.model_dir)
     pretrain = config.mode == "pretrain"
     held_out = None
@@ -347,10 +349,11 @@ def _fit(
         drawn = batches(0, 1) if held_out is None else held_out
         images, labels, _ = (part.numpy() for part in next(iter(drawn)))
         example = images, labels
+    history = History(directory / "history.csv", config.steps_per_epoch, make_schedule(config))
     callbacks = [
         Progress(config.train_steps),
         TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
-        History(directory / "history.csv", config.steps_per_epoch, make_schedule(config)),
+        history,
         checkpoints,
         Termination(checkpoints),
     ]
@@ -359,7 +362,6 @@ def _fit(
     rest = -first_step % steps
     spans = [(first_step, first_step + rest, rest)] if rest else []
     spans.append((first_step + rest, config.train_steps, steps))
-    start = time.perf_counter()
     for first, last, steps_per_epoch in spans:
         checkpoints.restore()  # the end of `fit` leaves averages in place of the weights
         try:
@@ -377,7 +379,7 @@ def _fit(
             step = int(compat.iterations(model.optimizer))
             names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
             raise _not_finite(error, step, names) from None
-    return time.perf_counter() - start
+    return history.seconds
 
 
 def _not_finite(error: tf.errors.OpError, step: int, cases: Sequence[str]) -> Exception:

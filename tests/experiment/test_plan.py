@@ -1,0 +1,179 @@
+"""Arms, runs, settings and estimates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.errors import InputError
+from tfmtseg.experiment.estimate import Estimates, describe_plan
+from tfmtseg.experiment.plan import (
+    Arm,
+    Experiment,
+    Run,
+    open_experiment,
+    parse_arms,
+    parse_counts,
+    parse_seeds,
+    parse_settings,
+    plan_runs,
+    read_base_settings,
+)
+from tfmtseg.experiment.results import Results
+from tfmtseg.training.config import TrainConfig
+
+
+def test_arms():
+    texts = ["shape_prior", "encdec", "control_a", "long=encdec:train_steps=40:crop=16/32/8"]
+    encdec, control, long = parse_arms(texts)
+    assert (encdec.method, encdec.settings) == ("encdec", {})
+    assert (control.method, control.settings) == ("sscpcseg", {"branch_weight": 0.0})
+    assert long.settings == {"train_steps": 40, "crop": (16, 32, 8)}
+    assert [arm.definition for arm in (encdec, control, long)] == texts[1:]
+    assert long.kind == ("encdec", (("crop", (16, 32, 8)),))
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (["unet"], "--arms: arm is 'unet', must be one of shape_prior, encdec"),
+        (["x=unet"], "--arms: arm is 'x=unet'"),
+        (["encdec=sscpcseg"], "a name that is none of them"),
+        (["../x=encdec"], "--arms: arm is '../x=encdec'"),
+        (["x=encdec:widht=8"], "setting 'widht' is unknown"),
+        (["x=encdec:width=wide"], "setting 'width' is 'wide'"),
+        (["x=encdec:seed=1"], "setting is 'seed=1', must be NAME=VALUE, and not"),
+        (["x=encdec:width"], "setting is 'width', must be NAME=VALUE"),
+        (["encdec", "encdec"], "--arms: arm is 'encdec' twice"),
+        (["shape_prior"], "--arms: arm is missing"),
+    ],
+)
+def test_bad_arms(texts, message):
+    with pytest.raises(InputError, match="Fix: ") as error:
+        parse_arms(texts)
+    assert message in str(error.value)
+
+
+def test_counts_and_seeds():
+    assert parse_counts(["3", "all"]) == [3, 0]
+    assert parse_seeds(["0", "12"]) == [0, 12]
+    for text in ("0", "-1", "some"):
+        with pytest.raises(InputError, match="--num_labeled: value is"):
+            parse_counts([text])
+    with pytest.raises(InputError, match="--seeds: value is 'x'"):
+        parse_seeds(["x"])
+
+
+def test_settings_from_the_file_made_for_the_data_set(shared_data):
+    settings = read_base_settings(
+        str(shared_data / "Task04_Hippocampus"), None, parse_settings(["crop=16,32,16"], "--set")
+    )
+    assert settings.num_test == 50
+    assert settings.crop == (16, 32, 16)
+    assert settings.data_dir == ""
+
+
+def test_the_experiment_sets_what_is_its_own(tmp_path):
+    write_phantoms(tmp_path / "data", 1, shape=(8, 8, 8))
+    (tmp_path / "mine.yaml").write_text("seed: 5\nnum_labeled: 9\nwidth: 16\n")
+    settings = read_base_settings(str(tmp_path / "data"), str(tmp_path / "mine.yaml"), {})
+    assert settings == TrainConfig(width=16)
+
+
+def test_runs_seed_by_seed(make_experiment):
+    experiment = make_experiment("encdec", "control_a")
+    arms = list(experiment.arms.values())
+    runs = plan_runs(experiment, arms, [0, 3, 3], [1, 0, 1])
+    assert [str(run) for run in runs] == [
+        "encdec/n3_seed1", "control_a/n3_seed1", "encdec/nall_seed1", "control_a/nall_seed1",
+        "encdec/n3_seed0", "control_a/n3_seed0", "encdec/nall_seed0", "control_a/nall_seed0",
+    ]  # fmt: skip
+
+
+def test_runs_are_checked_before_the_first_starts(make_experiment):
+    experiment = make_experiment("encdec", "x=encdec:train_steps=7", steps_per_epoch=2)
+    with pytest.raises(InputError, match="must be a multiple of steps_per_epoch"):
+        plan_runs(experiment, list(experiment.arms.values()), [3], [0])
+
+
+def test_flags_give_the_settings_of_the_run(make_experiment):
+    """The command line of a run, read as tools/train.py does, is its configuration."""
+    experiment = make_experiment("x=sscpcseg:crop=32/16/8:flips=true/false/false", width=16)
+    run = Run(experiment.arms["x"], 0, 4)
+    flags = experiment.train_flags(run, experiment.data_dir, str(experiment.directory))
+    values = dict(flag[2:].split("=", 1) for flag in flags)
+    assert values.pop("config_file") == str(experiment.results / "settings.yaml")
+    lists = {name: text.split(",") for name, text in values.items() if name in ("crop", "flips")}
+    base = dataclasses.asdict(experiment.settings)
+    assert TrainConfig.from_mapping({**base, **values, **lists}, "") == experiment.config(run)
+
+
+def test_reading_back(make_experiment):
+    experiment = make_experiment("encdec", "control_a", "x=encdec:crop=16/32/8", width=16)
+    again = Experiment.read(experiment.directory)
+    assert again == dataclasses.replace(experiment, data_dir="")
+
+
+def test_further_arms_but_no_other_settings(make_experiment):
+    before = make_experiment("encdec", "x=encdec:train_steps=8")
+
+    def again(texts, settings=before.settings, threads=1):
+        return open_experiment(before.directory, "data", settings, parse_arms(texts), threads)
+
+    assert list(again(["control_a"]).arms) == ["encdec", "x", "control_a"]
+    assert again(["x=encdec:train_steps=8"]).arms == before.arms
+    with pytest.raises(InputError, match=r"arm x is 'x=encdec:train_steps=8', must be .*=12'"):
+        again(["x=encdec:train_steps=12"])
+    with pytest.raises(InputError, match="width is 32, must be 8, as asked for now"):
+        again(["encdec"], dataclasses.replace(before.settings, width=8))
+    with pytest.raises(InputError, match="threads is 1, must be 2"):
+        again(["encdec"], threads=2)
+
+
+def test_estimates_of_the_rule(make_experiment):
+    """2 us x 2 patches x 32^3 voxels x 16/8 x 100 steps, 60 s to start, 4 test cases of .5 s."""
+    experiment = make_experiment("encdec", "sscpcseg", crop=(32, 32, 32), width=16, train_steps=100)
+    estimates = Estimates(experiment, Results({}, {}))
+    encdec, sscpcseg = (Run(arm, 3, 0) for arm in experiment.arms.values())
+    step = 2e-6 * 2 * 32**3 * 2
+    assert estimates.seconds(encdec) == pytest.approx(100 * step + 60 + 2)
+    # Two unlabelled patches more, and a second task.
+    assert estimates.seconds(sscpcseg) == pytest.approx(100 * 4 * step + 60 + 2)
+    assert estimates.memory_mib(encdec) == pytest.approx(700 + 100 * 4 * 2 * 32**3 * 16 / 2**20)
+    assert estimates.source(encdec) == "rule"
+
+
+def test_estimates_from_finished_runs(make_experiment, make_results):
+    """Those took 10 s for 4 steps, 2 s to evaluate, and 1000 MiB."""
+    experiment = make_experiment("encdec", "long=encdec:train_steps=40", "sscpcseg")
+    estimates = Estimates(experiment, make_results({"encdec": 0.0}, counts=(3,), num_seeds=2))
+    long, sscpcseg = (Run(experiment.arms[name], 3, 0) for name in ("long", "sscpcseg"))
+    assert estimates.seconds(long) == pytest.approx(10 * 10 + 2)
+    assert estimates.memory_mib(long) == 1000
+    assert estimates.source(long) == "2 finished"
+    assert estimates.source(sscpcseg).startswith("rule x ")
+    ruled = Estimates(experiment, Results({}, {}))
+    encdec = Run(experiment.arms["encdec"], 3, 0)
+    scale = 12 / ruled.seconds(encdec)
+    assert estimates.seconds(sscpcseg) == pytest.approx(scale * ruled.seconds(sscpcseg))
+
+
+def test_plan_in_words(make_experiment, make_results):
+    experiment = make_experiment("encdec", "sscpcseg", crop=(32, 32, 32))
+    runs = plan_runs(experiment, list(experiment.arms.values()), [3], [0, 1])
+    begun = experiment.run_directory(runs[2])
+    begun.mkdir(parents=True)
+    (begun / "history.csv").write_text("step\n1\n2\n")
+    results = make_results({"sscpcseg": 0.0}, counts=(3,), num_seeds=1)
+    lines = describe_plan(experiment, runs, results, parallel=2).splitlines()
+    states = [line.split()[2:4] for line in lines[1:5]]
+    assert states == [["to", "do"], ["finished"], ["after", "step"], ["to", "do"]]
+    assert lines[5].startswith("3 of 4 runs to make: ")
+    assert "--parallel=2" in lines[5]
+    assert lines[6].startswith("Rule: ")
+
+
+def test_arms_may_be_looked_up():
+    assert len({Arm("x", "encdec", {"width": 8}), Arm("x", "encdec", {"width": 8})}) == 1

@@ -1,0 +1,209 @@
+"""Claims, tables and text, from results with known differences."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tfmtseg.errors import InputError
+from tfmtseg.experiment.claims import Contest
+from tfmtseg.experiment.report import write_report
+from tfmtseg.experiment.statistics import holm, wilcoxon_p
+
+GAINS = {"encdec": 0.0, "cpcseg": 0.01, "sscpcseg": 0.05, "control_a": 0.02}
+
+
+@pytest.fixture
+def report(make_experiment, make_results):
+    """Writes the report of made-up results; returns its text and its folder."""
+
+    def write(gains, few=(3, 6), arms=(), **options) -> tuple[str, Path]:
+        experiment = make_experiment(*(arms or gains))
+        make_results(gains, **options).write(experiment.results)
+        write_report(experiment, few)
+        return (experiment.results / "report.md").read_text(), experiment.results
+
+    return write
+
+
+def claim(text: str, number: int) -> str:
+    """The verdict on a claim."""
+    line = next(line for line in text.splitlines() if line.startswith(f"**S{number}: "))
+    return line.rstrip("*.").rpartition(": ")[2]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_claims_that_hold(report):
+    text, _ = report(GAINS)
+    assert claim(text, 1) == "not decided"  # three methods of the paper were not run
+    assert "vaeseg at 3 labelled" in text
+    assert claim(text, 2) == "holds"
+    assert claim(text, 3) == "holds"
+    assert "(best: `sscpcseg`)" in text
+
+
+def test_claims_that_do_not_hold(report):
+    """The second task gives nothing, and the best method gains 1.4 points, not 1.5."""
+    gains = {"encdec": 0.0, "sscpcseg": 0.014, "control_a": 0.014}
+    text, _ = report(gains, spread=0.0001)
+    assert [claim(text, number) for number in (1, 2, 3)] == [
+        "not decided", "does not hold", "does not hold",
+    ]  # fmt: skip
+    text, _ = report(gains | {"encdec": 0.02})
+    assert claim(text, 1) == "does not hold"
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.016, "holds"), (0.014, "does not hold")])
+def test_the_margin_of_the_third_claim(report, gain, expected):
+    text, _ = report({"encdec": 0.0, "cpcseg": gain}, spread=0.0001)
+    assert claim(text, 3) == expected
+
+
+def test_one_number_of_labels_can_refute(make_experiment, make_results):
+    experiment = make_experiment("encdec", "sscpcseg", "control_a")
+    good, bad = (
+        make_results({"encdec": 0, "control_a": 0, "sscpcseg": gain}, counts=(count,))
+        for gain, count in ((0.05, 3), (-0.05, 6))
+    )
+    results = type(good)({**good.runs, **bad.runs}, {**good.scores, **bad.scores})
+    results.write(experiment.results)
+    write_report(experiment, [3, 6])
+    assert claim((experiment.results / "report.md").read_text(), 2) == "does not hold"
+    write_report(experiment, [3])
+    assert claim((experiment.results / "report.md").read_text(), 2) == "holds"
+
+
+def test_two_seeds_decide_nothing(report):
+    text, _ = report(GAINS, num_seeds=2)
+    assert {claim(text, number) for number in (1, 2, 3)} == {"not decided"}
+
+
+def test_comparisons(report, make_results):
+    """Against `encdec`, control and, for `sscpcseg`, every method of the paper."""
+    _, folder = report(GAINS, cpu_seconds={"sscpcseg": 16.0})
+    found = rows(folder / "comparisons.csv")
+    at_steps = [row for row in found if row["at_equal"] == "steps"]
+    pairs = {(row["arm"], row["reference"]) for row in at_steps}
+    assert pairs == {
+        ("cpcseg", "encdec"), ("sscpcseg", "encdec"), ("sscpcseg", "control_a"),
+        ("sscpcseg", "cpcseg"), ("control_a", "encdec"),
+    }  # fmt: skip
+    assert len(at_steps) == 3 * len(pairs)
+
+    results = make_results(GAINS, cpu_seconds={"sscpcseg": 16.0})
+    row = next(
+        row for row in at_steps
+        if (row["arm"], row["reference"], row["num_labeled"]) == ("sscpcseg", "control_a", "all")
+    )  # fmt: skip
+    difference = results.dice("sscpcseg", 0, range(3)) - results.dice("control_a", 0, range(3))
+    assert float(row["difference"]) == pytest.approx(difference.mean())
+    assert float(row["time_ratio"]) == 2
+    per_subject = difference.mean(axis=0).reshape(20, 2).mean(axis=1)
+    assert float(row["p"]) == pytest.approx(wilcoxon_p(per_subject))
+    corrected = holm([float(row["p"]) for row in at_steps])
+    assert [float(row["p_holm"]) for row in at_steps] == pytest.approx(corrected)
+    assert float(row["low"]) < 0.03 < float(row["high"])
+
+
+def test_equal_time(report):
+    """sscpcseg takes twice as long as encdec and as long as its control and encdec_long."""
+    gains = GAINS | {"encdec_long": 0.03}
+    options = {
+        "cpu_seconds": {"sscpcseg": 16.0, "control_a": 15.0, "encdec_long": 15.5},
+        "steps": {"encdec_long": 8},
+        "arms": ["encdec", "cpcseg", "sscpcseg", "control_a", "encdec_long=encdec:train_steps=8"],
+    }
+    text, folder = report(gains, **options)
+    pairs = {
+        (row["arm"], row["reference"])
+        for row in rows(folder / "comparisons.csv")
+        if row["at_equal"] == "time"
+    }
+    assert pairs == {
+        ("cpcseg", "encdec"), ("sscpcseg", "encdec_long"), ("sscpcseg", "control_a"),
+        ("control_a", "encdec_long"),
+    }  # fmt: skip
+    assert "Without a partner" not in text
+
+
+def test_what_equal_time_lacks(report):
+    text, _ = report({"encdec": 0.0, "bcp": 0.1}, arms=["encdec", "bcp=cpcseg:width=16"],
+                     cpu_seconds={"bcp": 20.0})  # fmt: skip
+    # 20 s against 8 s for 4 steps: 10 steps.
+    assert "`--arms=encdec_10=encdec:train_steps=10`" in text
+
+
+def test_table(report, make_results):
+    _, folder = report({"encdec": 0.0, "sscpcseg": 0.1}, num_seeds=2)
+    table = {(row["arm"], row["num_labeled"]): row for row in rows(folder / "table.csv")}
+    assert len(table) == 9
+    row = table["sscpcseg", "3"]
+    dice = make_results({"encdec": 0.0, "sscpcseg": 0.1}, num_seeds=2).dice("sscpcseg", 3, [0, 1])
+    assert float(row["dice_mean"]) == pytest.approx(dice.mean())
+    # The standard deviation of two values is their distance over the square root of 2.
+    assert float(row["dice_std"]) == pytest.approx(
+        abs(dice[0].mean() - dice[1].mean()) / np.sqrt(2)
+    )
+    assert float(row["dice_a"]) == pytest.approx(dice.mean() - 0.005)
+    assert float(row["hd95_mm_mean"]) == 3
+    assert float(row["dice_low"]) < dice.mean() < float(row["dice_high"])
+    assert (row["seeds"], row["train_steps"], row["parameters"]) == ("2", "4", "1000000")
+
+
+def test_labels_saved(report):
+    """The number of labels itself gives .003 at 6 and .097 at all; the best method .05."""
+    text, _ = report({"encdec": 0.0, "cpcseg": 0.05})
+    lines = text.partition("**Labels saved.**")[2].partition("##")[0].splitlines()
+    found = {
+        tuple(cell.strip() for cell in line.split("|")[1:3]): float(line.split("|")[3])
+        for line in lines
+        if line.startswith(("| 3", "| 6"))
+    }
+    expected = {("3", "6"): 4.7, ("3", "all"): -4.7, ("6", "all"): -4.4}
+    assert found == pytest.approx(expected, abs=0.3)  # noise of 3 x 40 draws of 1 point
+
+
+def test_commands_make_the_finished_runs(report, make_experiment, make_results):
+    text, _ = report(GAINS, num_seeds=1, counts=(3, 0))
+    command = next(line for line in text.splitlines() if "label_efficiency.py" in line)
+    assert command.endswith("--arms=encdec,cpcseg,sscpcseg,control_a --num_labeled=3,all --seeds=0")
+    assert "--method=sscpcseg --num_labeled=3 --seed=0 --branch_weight=0" in text
+
+
+def test_no_path_of_this_machine_and_the_same_bytes_again(report, tmp_path):
+    text, folder = report(GAINS)
+    assert str(tmp_path) not in text
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert set(before) == {
+        "settings.yaml", "experiment.yaml", "runs.csv", "cases.csv", "table.csv",
+        "comparisons.csv", "dice.png", "report.md",
+    }  # fmt: skip
+    assert all(str(tmp_path).encode() not in content for content in before.values())
+    report(GAINS)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_one_arm_alone(report):
+    text, folder = report({"encdec": 0.0}, num_seeds=1, counts=(0,))
+    assert "There are no runs at the numbers of labelled cases they are about." in text
+    assert not (folder / "comparisons.csv").exists()
+
+
+def test_nothing_finished(make_experiment):
+    with pytest.raises(InputError, match=r"runs\.csv is missing"):
+        write_report(make_experiment("encdec"), [3])
+
+
+def test_the_best_method_is_no_control(make_experiment, make_results):
+    experiment = make_experiment("encdec", "cpcseg", "sscpcseg", "control_a")
+    results = make_results({"encdec": 0.9, "cpcseg": 0.1, "sscpcseg": 0.2, "control_a": 0.3})
+    best = Contest(experiment, results, str, [3, 6]).best()
+    assert best is not None
+    assert best.name == "sscpcseg"

@@ -1,0 +1,1 @@
+"""The label-efficiency experiment: many runs, their results and what these show."""

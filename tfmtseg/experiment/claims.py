@@ -1,0 +1,301 @@
+"""Comparisons of arms, and what they say about the claims S1, S2 and S3.
+
+S1: `sscpcseg` is better than every other method of the paper.
+S2: `sscpcseg` is better than itself without its contrastive loss.
+S3: the best method is at least 1.5 points better than `encdec`, and better than its own
+control, which is the same without its second task.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+
+from tfmtseg.experiment.plan import (
+    CONTROLS,
+    KNOWN_ARMS,
+    Arm,
+    Experiment,
+    Kind,
+    count_text,
+    parse_settings,
+)
+from tfmtseg.experiment.results import Results
+from tfmtseg.experiment.statistics import (
+    bootstrap_interval,
+    holm,
+    subject_means,
+    wilcoxon_p,
+)
+
+BASELINE = "encdec"
+PAPER_METHODS = ("encdec", "vaeseg", "boundseg", "cpcseg", "ssvaeseg", "sscpcseg")
+CLAIMED = "sscpcseg"
+MARGIN = 0.015  # of S3, mean Dice
+SIGNIFICANCE = 0.05
+MIN_SEEDS = 3  # with fewer, nothing is decided
+TIME_TOLERANCE = 0.1  # arms whose processor times differ by less took equal time
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm minus another, in mean Dice score over the classes.
+
+    Args:
+        arm: The arm.
+        reference: What it is compared with.
+        num_labeled: Labelled cases of the arm; 0 stands for all.
+        reference_num_labeled: Those of the reference.
+        seeds: Seeds that both have.
+        difference: Mean over seeds and cases.
+        low: Lower end of its 95 % interval.
+        high: Upper end.
+        p: Of the signed-rank test over subjects, each averaged over seeds and cases.
+        p_holm: Corrected for the number of comparisons of the table it stands in.
+        time_ratio: Processor time of the arm's training over that of the reference.
+    """
+
+    arm: str
+    reference: str
+    num_labeled: int
+    reference_num_labeled: int
+    seeds: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    time_ratio: float
+
+    @property
+    def is_gain(self) -> bool:
+        """Whether the arm is better: by its interval, and by the corrected test."""
+        return self.low > 0 and self.p_holm < SIGNIFICANCE
+
+
+def compare(
+    results: Results,
+    subject: Callable[[str], str],
+    arm: str,
+    reference: str,
+    num_labeled: int,
+    reference_num_labeled: int | None = None,
+) -> Comparison | None:
+    """Compares two arms on the seeds that both have; `None` if there is none.
+
+    Args:
+        results: Finished runs.
+        subject: Gives the subject of a case.
+        arm: The arm.
+        reference: What it is compared with.
+        num_labeled: Labelled cases.
+        reference_num_labeled: Those of the reference; the same by default.
+    """
+    other = num_labeled if reference_num_labeled is None else reference_num_labeled
+    seeds = sorted({*results.seeds(arm, num_labeled)} & {*results.seeds(reference, other)})
+    if not seeds:
+        return None
+    differences = results.dice(arm, num_labeled, seeds) - results.dice(reference, other, seeds)
+    subjects = [subject(case) for case in results.cases]
+    low, high = bootstrap_interval(differences, subjects)
+    times = [
+        sum(run.cpu_seconds for run in results.of(name, count, seeds))
+        for name, count in ((arm, num_labeled), (reference, other))
+    ]
+    p = wilcoxon_p(subject_means(differences.mean(axis=0), subjects))
+    return Comparison(
+        arm=arm,
+        reference=reference,
+        num_labeled=num_labeled,
+        reference_num_labeled=other,
+        seeds=len(seeds),
+        difference=float(differences.mean()),
+        low=low,
+        high=high,
+        p=p,
+        p_holm=p,
+        time_ratio=times[0] / times[1] if times[1] else float("inf"),
+    )
+
+
+class Contest:
+    """The finished runs of an experiment, compared.
+
+    Args:
+        experiment: The experiment.
+        results: Its finished runs.
+        subject: Gives the subject of a case.
+        few: Numbers of labelled cases at which the claims are judged.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        results: Results,
+        subject: Callable[[str], str],
+        few: Sequence[int],
+    ):
+        self.experiment = experiment
+        self.results = results
+        self.subject = subject
+        self.few = [count for count in results.counts() if count in few]
+        finished = {arm for arm, _, _ in results.runs}
+        self.arms = [arm for name, arm in experiment.arms.items() if name in finished]
+        self.equal_steps = self._equal_steps()
+        self.equal_time, self.lacking = self._equal_time()
+
+    def find(self, kind: Kind, steps: int) -> Arm | None:
+        """The arm of a kind that made so many updates."""
+        for arm in self.arms:
+            if arm.kind == kind and self.experiment.steps(arm) == steps:
+                return arm
+        return None
+
+    def reference(self, known: str, steps: int) -> str:
+        """The name of the arm that is a known one and made so many updates, if there is one."""
+        arm = self.find(kind_of(known), steps)
+        return arm.name if arm else known
+
+    def _equal_steps(self) -> list[Comparison]:
+        comparisons = []
+        for arm in self.arms:
+            steps = self.experiment.steps(arm)
+            names = references(arm)
+            if arm.kind == kind_of(CLAIMED):
+                names += [name for name in PAPER_METHODS if name not in (CLAIMED, *names)]
+            for name in names:
+                reference = self.find(kind_of(name), steps)
+                if reference is not None:
+                    comparisons += [
+                        compare(self.results, self.subject, arm.name, reference.name, count)
+                        for count in self.results.counts(arm.name)
+                    ]
+        return _corrected(comparisons)
+
+    def _equal_time(self) -> tuple[list[Comparison], list[str]]:
+        """Comparisons with the reference that took as long, and what would be needed for more."""
+        comparisons: list[Comparison | None] = []
+        lacking = []
+        for arm in self.arms:
+            for name in references(arm):
+                candidates = [other for other in self.arms if other.kind == kind_of(name)]
+                for count in self.results.counts(arm.name):
+                    found = [
+                        compare(self.results, self.subject, arm.name, other.name, count)
+                        for other in candidates
+                    ]
+                    known = [comparison for comparison in found if comparison is not None]
+                    if not known:
+                        continue
+                    closest = min(known, key=lambda c: abs(log(c.time_ratio)))
+                    if abs(closest.time_ratio - 1) <= TIME_TOLERANCE:
+                        comparisons.append(closest)
+                    else:
+                        lacking.append(self._suggestion(closest))
+        return _corrected(comparisons), list(dict.fromkeys(lacking))
+
+    def _suggestion(self, closest: Comparison) -> str:
+        reference = self.experiment.arms[closest.reference]
+        every = self.experiment.settings.steps_per_epoch
+        steps = self.experiment.steps(reference) * closest.time_ratio
+        steps = max(every, round(steps / every) * every)
+        settings = {**reference.settings, "train_steps": steps}
+        arm = Arm(f"{reference.name}_{steps}", reference.method, settings)
+        return (
+            f"`{closest.arm}` against `{reference.name}` at "
+            f"{count_text(closest.num_labeled)} labelled: took {closest.time_ratio:.2f} times as "
+            f"long, and no longer or shorter `{reference.name}` was run; `--arms={arm.definition}` "
+            "would be one"
+        )
+
+    def best(self) -> Arm | None:
+        """The arm with the highest mean at few labels, at the steps of the settings.
+
+        It is chosen by the test cases it is then judged on; the correction for the
+        number of comparisons covers this, the intervals do not.
+        """
+        controls = [kind_of(name) for name in KNOWN_ARMS]
+        candidates = [
+            arm
+            for arm in self.arms
+            if self.experiment.steps(arm) == self.experiment.settings.train_steps
+            and arm.method != BASELINE
+            and arm.kind not in controls
+            and self.few
+            and all(self.results.seeds(arm.name, count) for count in self.few)
+        ]
+        return max(candidates, key=self._mean_at_few, default=None)
+
+    def _mean_at_few(self, arm: Arm) -> float:
+        return float(
+            np.mean(
+                [
+                    self.results.dice(arm.name, count, self.results.seeds(arm.name, count)).mean()
+                    for count in self.few
+                ]
+            )
+        )
+
+    def at_few(self, arm: str, references: Iterable[str]) -> Evidence:
+        """The equal-steps comparisons of an arm that a claim rests on."""
+        known = {(c.arm, c.reference, c.num_labeled): c for c in self.equal_steps}
+        wanted = [(arm, reference, count) for reference in references for count in self.few]
+        return Evidence(
+            [known[key] for key in wanted if key in known],
+            [
+                f"{a} against {r} at {count_text(n)} labelled"
+                for a, r, n in wanted
+                if (a, r, n) not in known
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a claim rests on.
+
+    Args:
+        comparisons: Those there are.
+        missing: Those there are not, in words.
+    """
+
+    comparisons: Sequence[Comparison]
+    missing: Sequence[str]
+
+    def verdict(self, holds: Callable[[Comparison], bool]) -> str:
+        """In words: whether the claim holds, by all comparisons.
+
+        One failed comparison refutes it; without one, all must be there.
+        """
+        decided = [c for c in self.comparisons if c.seeds >= MIN_SEEDS]
+        if any(not holds(comparison) for comparison in decided):
+            return "does not hold"
+        if self.missing or len(decided) < len(self.comparisons) or not decided:
+            return "not decided"
+        return "holds"
+
+
+def references(arm: Arm) -> list[str]:
+    """Known arms that an arm is measured against: `encdec`, and its control.
+
+    The control differs from the arm by the second task alone.
+    """
+    names = dict.fromkeys([BASELINE, CONTROLS.get(arm.method, BASELINE)])
+    return [name for name in names if kind_of(name) != arm.kind]
+
+
+def kind_of(known: str) -> Kind:
+    """The kind of a known arm, or of a method."""
+    method, *settings = KNOWN_ARMS.get(known, known).split(":")
+    return Arm(known, method, parse_settings(settings, known)).kind
+
+
+def _corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison]:
+    """Those that could be made, with their p-values corrected as one family."""
+    made = [comparison for comparison in comparisons if comparison is not None]
+    corrected = holm([comparison.p for comparison in made])
+    return [dataclasses.replace(c, p_holm=p) for c, p in zip(made, corrected, strict=True)]

@@ -1,0 +1,482 @@
+"""The report of an experiment: tables, a diagram and what they show.
+
+`write_report` writes into the experiment's `results/`, besides what is there already:
+
+    table.csv         one row per arm and number of labelled cases
+    comparisons.csv   differences with intervals and p-values
+    dice.png          Dice score over the number of labelled cases
+    report.md         all of it, to read
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tfmtseg.data.splits import subject_of
+from tfmtseg.errors import InputError
+from tfmtseg.experiment.claims import (
+    BASELINE,
+    CLAIMED,
+    MARGIN,
+    MIN_SEEDS,
+    PAPER_METHODS,
+    TIME_TOLERANCE,
+    Comparison,
+    Contest,
+    Evidence,
+    compare,
+    references,
+)
+from tfmtseg.experiment.plan import (
+    CONTROLS,
+    SHAPE_PRIOR,
+    Arm,
+    Experiment,
+    Run,
+    by_count,
+    count_text,
+)
+from tfmtseg.experiment.results import Results, write_rows
+from tfmtseg.experiment.statistics import REPLICATES, bootstrap_interval
+from tfmtseg.files import atomic_path, write_text
+from tfmtseg.inference.figures import ScoreLine, draw_label_efficiency
+
+
+def write_report(experiment: Experiment, few: Sequence[int]) -> None:
+    """Writes tables, diagram and report from the finished runs.
+
+    Args:
+        experiment: The experiment.
+        few: Numbers of labelled cases at which the claims are judged.
+
+    Raises:
+        InputError: If no run is finished.
+    """
+    results = Results.read(experiment.results)
+    if not results.runs:
+        raise InputError(
+            experiment.results, "runs.csv", "missing", "there: at least one finished run",
+            "repeat the command without --report_only",
+        )  # fmt: skip
+    settings = experiment.settings
+    subject = partial(
+        subject_of, regex=settings.subject_regex, ids_per_subject=settings.ids_per_subject
+    )
+    contest = Contest(experiment, results, subject, few)
+    rows = _table(contest)
+    write_rows(experiment.results / "table.csv", rows)
+    comparisons = [
+        {"at_equal": what, **_comparison_row(comparison)}
+        for what, made in (("steps", contest.equal_steps), ("time", contest.equal_time))
+        for comparison in made
+    ]
+    if comparisons:
+        write_rows(experiment.results / "comparisons.csv", comparisons)
+    with atomic_path(experiment.results / "dice.png") as path:
+        path.write_bytes(_diagram(contest, rows))
+    write_text(experiment.results / "report.md", _report(contest, rows))
+
+
+def _table(contest: Contest) -> list[dict[str, Any]]:
+    """One row per arm and number of labelled cases; means over seeds and cases."""
+    results = contest.results
+    subjects = [contest.subject(case) for case in results.cases]
+    rows = []
+    for arm in _arm_names(contest):
+        for count in results.counts(arm):
+            seeds = results.seeds(arm, count)
+            dice = results.dice(arm, count, seeds)
+            low, high = bootstrap_interval(dice, subjects)
+            runs = results.of(arm, count, seeds)
+            row: dict[str, Any] = {
+                "arm": arm, "num_labeled": count_text(count), "seeds": len(seeds),
+                "train_steps": runs[0].train_steps, "dice_mean": float(dice.mean()),
+                "dice_std": _spread(dice), "dice_low": low, "dice_high": high,
+            }  # fmt: skip
+            hd95_mm = []
+            for region in results.regions:
+                scores = [
+                    [case.regions[region] for case in results.scores[arm, count, seed]]
+                    for seed in seeds
+                ]
+                region_dice = np.array([[score.dice for score in run] for run in scores])
+                region_hd95_mm = np.array([[score.hd95_mm for score in run] for run in scores])
+                hd95_mm.append(region_hd95_mm)
+                row |= {
+                    f"dice_{region}": float(region_dice.mean()),
+                    f"dice_{region}_std": _spread(region_dice),
+                    f"hd95_mm_{region}": float(region_hd95_mm.mean()),
+                    f"hd95_mm_{region}_std": _spread(region_hd95_mm),
+                    f"empty_prediction_{region}": sum(
+                        s.empty_prediction for r in scores for s in r
+                    ),
+                    f"empty_truth_{region}": sum(s.empty_truth for r in scores for s in r),
+                }
+            row |= {
+                "hd95_mm_mean": float(np.mean(hd95_mm)),
+                "hd95_mm_std": _spread(np.mean(hd95_mm, axis=0)),
+                "seconds": round(float(np.mean([run.seconds for run in runs])), 1),
+                "cpu_seconds": round(float(np.mean([run.cpu_seconds for run in runs])), 1),
+                "memory_mib": max(run.memory_mib for run in runs),
+                "parameters": runs[0].parameters,
+            }
+            rows.append(row)
+    return rows
+
+
+def _spread(values: np.ndarray) -> float | str:
+    """Standard deviation over seeds of the means over cases; nothing for one seed."""
+    return float(values.mean(axis=1).std(ddof=1)) if len(values) > 1 else ""
+
+
+def _comparison_row(comparison: Comparison) -> dict[str, Any]:
+    return {
+        **dataclasses.asdict(comparison),
+        "num_labeled": count_text(comparison.num_labeled),
+        "reference_num_labeled": count_text(comparison.reference_num_labeled),
+    }
+
+
+def _arm_names(contest: Contest) -> list[str]:
+    """The arms in the order in which they were first asked for, after the shape prior."""
+    return [SHAPE_PRIOR, *(arm.name for arm in contest.arms)]
+
+
+def _diagram(contest: Contest, rows: Sequence[dict[str, Any]]) -> bytes:
+    counts = [count_text(count) for count in contest.results.counts()]
+    lines = []
+    for arm in _arm_names(contest):
+        mine = [row for row in rows if row["arm"] == arm]
+        lines.append(
+            ScoreLine(
+                label=arm,
+                places=[counts.index(row["num_labeled"]) for row in mine],
+                means=[row["dice_mean"] for row in mine],
+                intervals=[(row["dice_low"], row["dice_high"]) for row in mine],
+                dashed=arm == SHAPE_PRIOR,
+            )
+        )
+    return draw_label_efficiency(lines, counts, "mean Dice score, 95 % interval")
+
+
+# The sections of report.md, in their order.
+
+
+def _report(contest: Contest, rows: Sequence[dict[str, Any]]) -> str:
+    sections = [
+        _head(contest),
+        _claims(contest),
+        _scores(contest, rows),
+        _differences(contest),
+        _costs(rows),
+        _method(contest),
+        _commands(contest),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _head(contest: Contest) -> str:
+    results, settings = contest.results, contest.experiment.settings
+    subjects = {contest.subject(case) for case in results.cases}
+    trained = [run for run in results.runs.values() if run.arm != SHAPE_PRIOR]
+    crop = " x ".join(map(str, settings.crop)) if all(settings.crop) else "chosen from the data"
+    versions = sorted({f"TensorFlow {run.tensorflow}, {run.processor}" for run in trained})
+    return "\n".join(
+        [
+            "# Label efficiency",
+            "",
+            f"{len(trained)} finished runs; {len(results.cases)} test cases of {len(subjects)} "
+            f"subjects; classes {', '.join(results.regions)}. {settings.train_steps} steps where "
+            f"an arm does not say otherwise, width {settings.width}, crop {crop}, "
+            f"{settings.labeled_per_step} labelled patches per step, and "
+            f"{settings.unlabeled_per_step} unlabelled ones for the arms that use them; all "
+            "settings are in `settings.yaml`. Made with " + "; ".join(versions) + ".",
+            "",
+            "Arms:",
+            "",
+            *[f"* `{arm.definition}`" for arm in contest.arms],
+            f"* `{SHAPE_PRIOR}`: majority vote of the labelled label maps, sees no image",
+        ]
+    )
+
+
+def _claims(contest: Contest) -> str:
+    lines = ["## Claims", ""]
+    if not contest.few:
+        return "\n".join(
+            [*lines, "There are no runs at the numbers of labelled cases they are about."]
+        )
+    few = " and ".join(map(count_text, contest.few))
+    steps = contest.experiment.settings.train_steps
+    ours = contest.reference(CLAIMED, steps)
+    others = [contest.reference(name, steps) for name in PAPER_METHODS if name != CLAIMED]
+    s1 = contest.at_few(ours, others)
+    s2 = contest.at_few(ours, [contest.reference(CONTROLS[CLAIMED], steps)])
+    lines += [
+        f"Judged with {few} labelled cases, at equal steps. A difference counts as a gain if its "
+        f"95 % interval lies above 0 and its corrected p-value is below .05; with fewer than "
+        f"{MIN_SEEDS} seeds nothing is decided.",
+        "",
+        *_claim(
+            f"S1: `{CLAIMED}` is better than every other method of the paper",
+            s1.verdict(lambda c: c.is_gain), s1,
+        ),
+        *_claim(
+            f"S2: `{CLAIMED}` is better than itself without its contrastive loss",
+            s2.verdict(lambda c: c.is_gain), s2,
+        ),
+    ]  # fmt: skip
+    return "\n".join([*lines, *_third_claim(contest)])
+
+
+def _third_claim(contest: Contest) -> list[str]:
+    title = f"S3: the best method is at least {100 * MARGIN:g} points better than `encdec`, and "
+    title += "better than its own control"
+    best = contest.best()
+    if best is None:
+        return _claim(title, "not decided", Evidence([], ["a method beside `encdec`"]))
+    steps = contest.experiment.steps(best)
+    baseline = contest.reference(BASELINE, steps)
+    evidence = contest.at_few(
+        best.name, [contest.reference(name, steps) for name in references(best)]
+    )
+
+    def holds(comparison: Comparison) -> bool:
+        margin = MARGIN if comparison.reference == baseline else 0
+        return comparison.is_gain and comparison.difference >= margin
+
+    lines = _claim(title + f" (best: `{best.name}`)", evidence.verdict(holds), evidence)
+    return lines + _labels_saved(contest, best)
+
+
+def _labels_saved(contest: Contest, best: Arm) -> list[str]:
+    """The best method with few labels against `encdec` with more."""
+    baseline = contest.reference(BASELINE, contest.experiment.steps(best))
+    found = [
+        compare(contest.results, contest.subject, best.name, baseline, count, more)
+        for count in contest.few
+        for more in contest.results.counts(baseline)
+        if by_count(more) > by_count(count)
+    ]
+    known = [comparison for comparison in found if comparison is not None]
+    if not known:
+        return []
+    return [
+        f"**Labels saved.** `{best.name}` with few labels minus `encdec` with more; it reaches "
+        "`encdec` where the difference is 0 or above:",
+        "",
+        "| labelled | `encdec` labelled | points | 95 % interval | seeds |",
+        "|---|---|---|---|---|",
+        *[
+            f"| {count_text(c.num_labeled)} | {count_text(c.reference_num_labeled)} "
+            f"| {_points(c.difference)} | {_interval(c)} | {c.seeds} |"
+            for c in known
+        ],
+    ]
+
+
+def _claim(title: str, verdict: str, evidence: Evidence) -> list[str]:
+    lines = [f"**{title}: {verdict}.**", ""]
+    if evidence.comparisons:
+        lines += [*_comparison_table(evidence.comparisons), ""]
+    if evidence.missing:
+        lines += [f"Not run: {', '.join(evidence.missing)}.", ""]
+    return lines
+
+
+def _scores(contest: Contest, rows: Sequence[dict[str, Any]]) -> str:
+    results = contest.results
+    counts = [count_text(count) for count in results.counts()]
+    cells = {(row["arm"], row["num_labeled"]): row for row in rows}
+    lines = [
+        "## Scores",
+        "",
+        "Mean Dice score over the classes: mean ± standard deviation over seeds (number of seeds).",
+        "",
+        f"| arm | {' | '.join(counts)} |",
+        "|---|" + "---|" * len(counts),
+    ]
+    for arm in _arm_names(contest):
+        mine = [cells.get((arm, count)) for count in counts]
+        lines.append(f"| `{arm}` | {' | '.join(_score(row) for row in mine)} |")
+    lines += ["", "![Dice score over the number of labelled cases](dice.png)", ""]
+    heads = [f"Dice {name}" for name in results.regions]
+    heads += [f"HD95 {name}, mm" for name in results.regions]
+    lines += [
+        "By class; an empty prediction has the HD95 of the volume's diagonal, and is counted.",
+        "",
+        f"| arm | labelled | {' | '.join(heads)} | empty predictions |",
+        "|---|---|" + "---|" * (len(heads) + 1),
+    ]
+    for row in rows:
+        names = results.regions
+        values = [_with_spread(row[f"dice_{n}"], row[f"dice_{n}_std"], 3) for n in names]
+        values += [_with_spread(row[f"hd95_mm_{n}"], row[f"hd95_mm_{n}_std"], 2) for n in names]
+        empty = sum(row[f"empty_prediction_{name}"] for name in names)
+        lines.append(f"| `{row['arm']}` | {row['num_labeled']} | {' | '.join(values)} | {empty} |")
+    return "\n".join(lines)
+
+
+def _differences(contest: Contest) -> str:
+    lines = [
+        "## Differences",
+        "",
+        "Every arm minus `encdec` and minus its control, in points of mean Dice; gains, losses "
+        "and nulls alike.",
+        "",
+        "### At equal steps",
+        "",
+        *(_comparison_table(contest.equal_steps) or ["None."]),
+        "",
+        "### At equal time",
+        "",
+        f"With the reference whose training took as much processor time, to "
+        f"{100 * TIME_TOLERANCE:g} %; longer or shorter copies of the reference count, each with "
+        "its own learning rate schedule.",
+        "",
+        *(_comparison_table(contest.equal_time) or ["None."]),
+    ]
+    if contest.lacking:
+        lines += ["", "Without a partner:", "", *[f"* {text}" for text in contest.lacking]]
+    return "\n".join(lines)
+
+
+def _comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
+    if not comparisons:
+        return []
+    return [
+        "| arm | against | labelled | points | 95 % interval | p | corrected | seeds | time |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *[
+            f"| `{c.arm}` | `{c.reference}` | {count_text(c.num_labeled)} "
+            f"| {_points(c.difference)} | {_interval(c)} | {_p(c.p)} | {_p(c.p_holm)} "
+            f"| {c.seeds} | x {c.time_ratio:.2f} |"
+            for c in comparisons
+        ],
+    ]
+
+
+def _costs(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "## Costs",
+        "",
+        "Of one training, mean over seeds.",
+        "",
+        "| arm | labelled | steps | seconds | processor seconds | memory, MiB | parameters |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["arm"] != SHAPE_PRIOR:
+            lines.append(
+                f"| `{row['arm']}` | {row['num_labeled']} | {row['train_steps']} "
+                f"| {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | {row['memory_mib']} "
+                f"| {row['parameters'] / 1e6:.2f} million |"
+            )
+    return "\n".join(lines)
+
+
+def _method(contest: Contest) -> str:
+    return (
+        "## How this was computed\n\n"
+        "All arms of one seed and number of labelled cases train on the same labelled cases, and "
+        "a smaller number is part of a larger one; test cases are the same throughout, and no "
+        "label of them is opened in training. Weights are the averaged ones after the last step: "
+        "nothing was stopped early or chosen by a score. Intervals: hierarchical bootstrap with "
+        f"{REPLICATES:,} replicates, which draws seeds, then subjects, then cases of each subject; "
+        "all drawn seeds meet the same drawn cases. With one seed an interval says nothing of the "
+        "chance of seeds, with few seeds it is somewhat too narrow. p: two-sided Wilcoxon "
+        "signed-rank test over subjects, scores averaged over seeds and over the subject's cases, "
+        "because cases of one subject are not independent. Corrected: Holm, over all rows of the "
+        "table at equal steps, and over all rows of that at equal time. The best method of S3 is "
+        "chosen by the test cases it is judged on, which flatters its interval.\n\n"
+        "`cases.csv` holds every score of every test case, `runs.csv` every run, `table.csv` and "
+        "`comparisons.csv` the tables above with all digits."
+    )
+
+
+def _commands(contest: Contest) -> str:
+    experiment, results = contest.experiment, contest.results
+    lines = [
+        "## Commands",
+        "",
+        "In a folder EXPERIMENT whose `results/` is empty but for this `settings.yaml`; DATA is "
+        "the data folder.",
+        "",
+        "```",
+    ]
+    shared = (
+        "python tools/label_efficiency.py --data_dir=DATA --output_dir=EXPERIMENT "
+        "--config_file=EXPERIMENT/results/settings.yaml"
+    )
+    if experiment.threads != 1:
+        shared += f" --threads={experiment.threads}"
+    for (counts, seeds), arms in _grids(contest).items():
+        lines.append(
+            f"{shared} --arms={','.join(arm.definition for arm in arms)} "
+            f"--num_labeled={','.join(map(count_text, counts))} "
+            f"--seeds={','.join(map(str, seeds))}"
+        )
+    arm = contest.arms[-1]
+    count = results.counts(arm.name)[0]
+    run = Run(arm, count, results.seeds(arm.name, count)[0])
+    flags = experiment.train_flags(run, "DATA", "EXPERIMENT")
+    model_dir = next(flag for flag in flags if flag.startswith("--model_dir="))
+    threads = experiment.threads
+    names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
+    limits = "".join(f"{name}={threads} " for name in names) if threads else ""
+    lines += [
+        "```",
+        "",
+        f"One run alone, `{run}`, with the same scores to the last digit on the same kind of "
+        "processor:",
+        "",
+        "```",
+        f"{limits}python tools/train.py {' '.join(flags)}",
+        f"{limits}python tools/evaluate.py {model_dir}",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _grids(contest: Contest) -> dict[tuple[tuple[int, ...], tuple[int, ...]], list[Arm]]:
+    """Commands that make all finished runs: arms by (numbers of labelled cases, seeds)."""
+    grids: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Arm]] = {}
+    for arm in contest.arms:
+        by_seeds: dict[tuple[int, ...], list[int]] = {}
+        for count in contest.results.counts(arm.name):
+            seeds = tuple(contest.results.seeds(arm.name, count))
+            by_seeds.setdefault(seeds, []).append(count)
+        for seeds, counts in by_seeds.items():
+            grids.setdefault((tuple(counts), seeds), []).append(arm)
+    return grids
+
+
+# Numbers as text.
+
+
+def _score(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{_with_spread(row['dice_mean'], row['dice_std'], 3)} ({row['seeds']})"
+
+
+def _with_spread(mean: float, spread: float | str, digits: int) -> str:
+    text = f"{mean:.{digits}f}"
+    return text if isinstance(spread, str) else f"{text} ± {spread:.{digits}f}"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.2f}"
+
+
+def _interval(comparison: Comparison) -> str:
+    return f"{_points(comparison.low)} to {_points(comparison.high)}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"

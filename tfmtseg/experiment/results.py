@@ -1,0 +1,249 @@
+"""The results of finished runs, kept in two tables that need no other file.
+
+`results/runs.csv` has one row per run: steps, wall-clock and processor seconds of the
+training, seconds of the evaluation, memory, parameters, versions. `results/cases.csv`
+has one row per run, test case and class. The shape prior's rows stand among them as an
+arm of its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfmtseg.errors import InputError
+from tfmtseg.experiment.plan import SHAPE_PRIOR, Run, by_count, count_text, parse_counts
+from tfmtseg.files import write_text
+from tfmtseg.inference.evaluate import read_metrics
+from tfmtseg.metrics.scores import CaseScores, RegionScores
+
+Key = tuple[str, int, int]  # arm, labelled cases (0: all), seed
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What is known of a finished run, beside its scores.
+
+    Args:
+        arm: Name of the arm.
+        num_labeled: Labelled cases; 0 stands for all.
+        seed: Of the run.
+        train_steps: Updates.
+        seconds: Wall-clock time of the training.
+        cpu_seconds: Its processor time, which other work on the machine hardly changes.
+        evaluation_seconds: Wall-clock time of the evaluation.
+        memory_mib: Highest memory of the two; 0 if unknown.
+        parameters: Trainable weights, the second task's included.
+        side_by_side: Runs that the machine did at once.
+        tensorflow: Its version.
+        processor: Of the machine.
+    """
+
+    arm: str
+    num_labeled: int
+    seed: int
+    train_steps: int
+    seconds: float
+    cpu_seconds: float
+    evaluation_seconds: float
+    memory_mib: int
+    parameters: int
+    side_by_side: int
+    tensorflow: str
+    processor: str
+
+    @property
+    def key(self) -> Key:
+        """What names the run."""
+        return self.arm, self.num_labeled, self.seed
+
+
+@dataclass(frozen=True)
+class Results:
+    """All finished runs.
+
+    Args:
+        runs: By key.
+        scores: Of every test case, by key.
+    """
+
+    runs: Mapping[Key, RunResult]
+    scores: Mapping[Key, tuple[CaseScores, ...]]
+
+    def counts(self, arm: str | None = None) -> list[int]:
+        """Numbers of labelled cases, in rising order."""
+        return sorted({k[1] for k in self.runs if arm in (None, k[0])}, key=by_count)
+
+    def seeds(self, arm: str, num_labeled: int) -> list[int]:
+        """Seeds of the runs of an arm with so many labelled cases."""
+        return sorted(key[2] for key in self.runs if key[:2] == (arm, num_labeled))
+
+    def of(self, arm: str, num_labeled: int, seeds: Iterable[int]) -> list[RunResult]:
+        """The runs of an arm with so many labelled cases."""
+        return [self.runs[arm, num_labeled, seed] for seed in seeds]
+
+    @property
+    def regions(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return tuple(next(iter(self.scores.values()))[0].regions)
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Names of the test cases."""
+        return tuple(scores.case for scores in next(iter(self.scores.values())))
+
+    def dice(self, arm: str, num_labeled: int, seeds: Sequence[int]) -> np.ndarray:
+        """Mean Dice scores over the classes, `(seeds, cases)`."""
+        return np.array(
+            [[case.mean_dice for case in self.scores[arm, num_labeled, seed]] for seed in seeds]
+        )
+
+    def with_run(
+        self, run: RunResult, scores: Sequence[CaseScores], prior: Sequence[CaseScores]
+    ) -> Results:
+        """These results and those of one more run.
+
+        Args:
+            run: The run.
+            scores: Its test cases.
+            prior: Those of the shape prior made from the same labelled cases.
+
+        Raises:
+            InputError: If the test cases are not those of the other runs, or the shape
+                prior tells that the labelled cases are not.
+        """
+        prior_key = (SHAPE_PRIOR, run.num_labeled, run.seed)
+        known = self.scores.get(prior_key, tuple(prior))
+        cases = tuple(case.case for case in scores)
+        if known != tuple(prior) or (self.scores and cases != self.cases):
+            what = "test cases" if self.scores and cases != self.cases else "labelled cases"
+            raise InputError(
+                f"run {run.arm}, {count_text(run.num_labeled)} labelled, seed {run.seed}", what,
+                "others", "those of the other runs",
+                "use the data folder the experiment began with, or another --output_dir",
+            )  # fmt: skip
+        empty = RunResult(
+            SHAPE_PRIOR, run.num_labeled, run.seed, 0, 0.0, 0.0, 0.0, 0, 0,
+            run.side_by_side, run.tensorflow, run.processor,
+        )  # fmt: skip
+        return Results(
+            {prior_key: empty, **self.runs, run.key: run},
+            {prior_key: tuple(prior), **self.scores, run.key: tuple(scores)},
+        )
+
+    def write(self, directory: Path) -> None:
+        """Writes `cases.csv`, then `runs.csv`: a run without a row in the latter is not there.
+
+        Rows are sorted, so that they do not depend on which run was finished first.
+        """
+        keys = sorted(self.runs, key=lambda k: (k[0] != SHAPE_PRIOR, k[0], by_count(k[1]), k[2]))
+        case_rows = [
+            {
+                "arm": arm, "num_labeled": count_text(num_labeled), "seed": seed,
+                "case": case.case, "class": name, "dice": score.dice, "hd95_mm": score.hd95_mm,
+                "empty_prediction": int(score.empty_prediction),
+                "empty_truth": int(score.empty_truth),
+            }
+            for arm, num_labeled, seed in keys
+            for case in self.scores[arm, num_labeled, seed]
+            for name, score in case.regions.items()
+        ]  # fmt: skip
+        run_rows = [{**vars(self.runs[key]), "num_labeled": count_text(key[1])} for key in keys]
+        write_rows(directory / "cases.csv", case_rows)
+        write_rows(directory / "runs.csv", run_rows)
+
+    @classmethod
+    def read(cls, directory: Path) -> Results:
+        """The inverse of `write`; nothing if there are no files yet."""
+        if not (directory / "runs.csv").exists():
+            return cls({}, {})
+        kinds = {"str": str, "int": int, "float": float}
+        runs = {}
+        for row in _read_rows(directory / "runs.csv"):
+            values: dict[str, Any] = {f.name: kinds[str(f.type)](row[f.name]) for f in
+                                      fields(RunResult) if f.name != "num_labeled"}  # fmt: skip
+            run = RunResult(num_labeled=parse_counts([row["num_labeled"]])[0], **values)
+            runs[run.key] = run
+        cases: dict[Key, dict[str, dict[str, RegionScores]]] = {key: {} for key in runs}
+        for row in _read_rows(directory / "cases.csv"):
+            key = (row["arm"], parse_counts([row["num_labeled"]])[0], int(row["seed"]))
+            if key in cases:
+                cases[key].setdefault(row["case"], {})[row["class"]] = RegionScores(
+                    dice=float(row["dice"]),
+                    hd95_mm=float(row["hd95_mm"]),
+                    empty_prediction=row["empty_prediction"] == "1",
+                    empty_truth=row["empty_truth"] == "1",
+                )
+        scores = {
+            key: tuple(CaseScores(case, regions) for case, regions in by_case.items())
+            for key, by_case in cases.items()
+        }
+        return cls(runs, scores)
+
+
+def collect(
+    results: Results, run: Run, directory: Path, *, memory_mib: int, side_by_side: int
+) -> Results:
+    """Adds a run that was trained and evaluated.
+
+    Args:
+        results: What is there already.
+        run: The run.
+        directory: Its folder.
+        memory_mib: Highest memory; 0 if unknown.
+        side_by_side: Runs that the machine did at once.
+    """
+    evaluation = directory / "evaluation" / "test"
+    result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+    summary = json.loads((evaluation / "summary.json").read_text(encoding="utf-8"))
+    regions = list(summary["empty_truth"])
+    return results.with_run(
+        RunResult(
+            arm=run.arm.name,
+            num_labeled=run.num_labeled,
+            seed=run.seed,
+            train_steps=result["train_steps"],
+            seconds=result["seconds"],
+            cpu_seconds=result["cpu_seconds"],
+            evaluation_seconds=round(summary["seconds"], 1),
+            memory_mib=memory_mib,
+            parameters=sum(result["parameters"].values()),
+            side_by_side=side_by_side,
+            tensorflow=result["tensorflow"],
+            processor=_processor(),
+        ),
+        read_metrics(evaluation / "metrics.csv", regions),
+        read_metrics(evaluation / "shape_prior.csv", regions),
+    )
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it, else its kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a CSV file with the columns of the first row; there must be one."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
