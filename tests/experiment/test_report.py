@@ -134,8 +134,8 @@ def test_equal_time(report):
 
 
 def test_what_equal_time_lacks(report):
-    text, _ = report({"encdec": 0.0, "bcp": 0.1}, arms=["encdec", "bcp=cpcseg:width=16"],
-                     cpu_seconds={"bcp": 20.0})  # fmt: skip
+    text, _ = report({"encdec": 0.0, "wide": 0.1}, arms=["encdec", "wide=cpcseg:width=16"],
+                     cpu_seconds={"wide": 20.0})  # fmt: skip
     # 20 s against 8 s for 4 steps: 10 steps.
     assert "`--arms=encdec_10=encdec:train_steps=10`" in text
 

@@ -137,7 +137,8 @@ def test_losses_in_float64(branch):
     nothing = tf.zeros(())
     batch = Batch(
         images=tf.constant(images, tf.float32), others=nothing, labels=nothing, weights=nothing,
-        levels={LEVELS[-1]: bottleneck()}, features=None, encode=lambda x: {}, seed=seed,
+        levels={LEVELS[-1]: bottleneck()}, features=None, encode=lambda x: {},
+        decode=lambda x: x, seed=seed,
     )  # fmt: skip
     losses = branch.learn(batch)
     result = {name: np.float64(value) for name, value in branch(bottleneck(), seed=seed).items()}

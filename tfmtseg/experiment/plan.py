@@ -28,7 +28,7 @@ from tfmtseg.data.cases import read_data_folder
 from tfmtseg.errors import InputError
 from tfmtseg.files import write_text
 from tfmtseg.models.methods import METHODS
-from tfmtseg.training.config import TrainConfig, find_preset, read_settings
+from tfmtseg.training.config import TrainConfig, find_preset, read_settings, read_yaml
 
 # Scored beside every run, and therefore without a run of its own.
 SHAPE_PRIOR = "shape_prior"
@@ -283,7 +283,7 @@ class Experiment:
                 "correct --output_dir, or repeat the command without --report_only",
             )  # fmt: skip
         settings = TrainConfig.from_mapping(read_settings(files[0]), str(files[0]))
-        content = read_settings(files[1])
+        content = read_yaml(files[1])
         arms = {}
         for name, arm in content["arms"].items():
             config = TrainConfig.from_mapping(arm["settings"], str(files[1]))

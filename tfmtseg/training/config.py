@@ -22,6 +22,9 @@ from tfmtseg.training.sizes import Strides, total_strides
 UNKNOWN = (0, 0, 0)
 
 
+MAX_ITEMS = 16  # of a list in a settings file
+
+
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -299,11 +302,15 @@ def _whole(value: float) -> int:
     return int(value)
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads a YAML file of settings.
+def _is_small(value: Any, depth: int) -> bool:
+    """Whether lists are short and lie at most `depth` deep in each other."""
+    if not isinstance(value, list):
+        return not isinstance(value, dict)
+    return depth > 0 and len(value) <= MAX_ITEMS and all(_is_small(x, depth - 1) for x in value)
 
-    Returns:
-        Names and values as written; the entry `dataset` is taken out.
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a YAML file that holds a mapping.
 
     Raises:
         InputError: If the file is missing or no mapping.
@@ -320,12 +327,25 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
             path, "content", type(values).__name__, "a list of 'name: value' lines",
             "write one setting per line",
         )  # fmt: skip
+    return values
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a YAML file of settings.
+
+    Returns:
+        Names and values as written; the entry `dataset` is taken out.
+
+    Raises:
+        InputError: If the file is missing or no mapping, or a value is no setting's.
+    """
+    values = read_yaml(path)
     for name, value in values.items():
-        # No setting is deeper, and a few aliases of aliases would print as gigabytes.
-        items = value if isinstance(value, list) else [value]
-        if any(isinstance(item, (list, dict)) for item in items):
+        # No setting is larger, and a few aliases of aliases would print as gigabytes.
+        if not _is_small(value, depth=2):
             raise InputError(
-                path, f"setting '{name}'", "nested", "a value or a list of values",
+                path, f"setting '{name}'", "nested or long",
+                f"a value, or a list of {MAX_ITEMS} values or short lists at most",
                 "correct the value",
             )  # fmt: skip
     values.pop("dataset", None)
