@@ -231,13 +231,9 @@ class Checkpoints(keras.callbacks.Callback):
             self.state.restore(latest).assert_consumed()
         return int(compat.iterations(self.optimizer))
 
-    def save(self) -> None:
-        """Saves now."""
-        self.manager.save()
-
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves."""
-        self.save()
+        self.manager.save()
 
 
 class Termination(keras.callbacks.Callback):
@@ -264,7 +260,7 @@ class Termination(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Ends the process with status 143, as shells call a death by SIGTERM."""
         if self.asked:
-            self.checkpoints.save()
+            self.checkpoints.manager.save()
             step = int(compat.iterations(self.checkpoints.optimizer))
             self.on_train_end()
             print(f"Asked to end: saved after step {step}. Repeat the command to go on.")
