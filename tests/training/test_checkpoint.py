@@ -24,7 +24,7 @@ def make(method: str = "cpcseg", seed: int = 0, **kwargs) -> Segmenter:
 
 
 def finished(directory: Path, model: Segmenter, modalities=MODALITIES) -> Path:
-    write_model(directory, model, modalities)
+    write_model(directory, model, modalities, (16, 16, 16))
     write_weights(directory, model)
     (directory / "result.json").write_text("{}")
     return directory
