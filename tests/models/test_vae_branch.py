@@ -130,17 +130,20 @@ def test_log_variance_is_bounded():
     assert np.isfinite(result["reconstruction"]).all()
 
 
-def test_losses_in_float64(branch):
-    rng = np.random.default_rng(2)
-    images = rng.normal(size=(2, 16, 8, 24, 2))
-    seed = tf.constant([3, 4])
+def learn(branch: VAEBranch, images: np.ndarray, code: tf.Tensor, seed: tf.Tensor) -> dict:
     nothing = tf.zeros(())
     batch = Batch(
         images=tf.constant(images, tf.float32), others=nothing, labels=nothing, weights=nothing,
-        levels={LEVELS[-1]: bottleneck()}, features=None, encode=lambda x: {},
+        levels={LEVELS[-1]: code}, features=None, encode=lambda x: {},
         decode=lambda x: x, seed=seed,
     )  # fmt: skip
-    losses = branch.learn(batch)
+    return branch.learn(batch)
+
+
+def test_losses_in_float64(branch):
+    images = np.random.default_rng(2).normal(size=(2, 16, 8, 24, 2))
+    seed = tf.constant([3, 4])
+    losses = learn(branch, images, bottleneck(), seed)
     result = {name: np.float64(value) for name, value in branch(bottleneck(), seed=seed).items()}
     squares = np.mean((images - result["reconstruction"]) ** 2, axis=(1, 2, 3, 4))
     variance = np.exp(result["z_log_var"])
@@ -149,6 +152,17 @@ def test_losses_in_float64(branch):
     np.testing.assert_allclose(losses["kl"], kl, rtol=1e-4)
     np.testing.assert_allclose(losses["loss"], squares + kl, rtol=1e-5)
     assert set(losses) == set(branch.shown)
+
+
+@pytest.mark.parametrize("name", ["reconstruction", "kl"])
+def test_each_loss_alone_reaches_mean_and_variance_and_the_encoder(branch, name):
+    images, code = np.ones((2, 16, 8, 24, 2)), bottleneck()
+    with tf.GradientTape() as tape:
+        tape.watch(code)
+        loss = learn(branch, images, code, tf.constant([3, 4]))[name]
+    sources = [code, branch.to_mean.trainable_weights[0], branch.to_log_var.trainable_weights[0]]
+    for gradient in tape.gradient(loss, sources):
+        assert np.abs(gradient).max() > 1e-6
 
 
 def test_a_few_steps_redraw_a_volume():
