@@ -181,3 +181,27 @@ def test_shipped_settings_are_valid_and_found_by_name():
     assert find_preset("") is None
     for path in Path(preset).parent.glob("*.yaml"):
         TrainConfig.from_mapping(read_settings(path), str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("crop: " + "[" * 5000, "unreadable"),
+        ("train_steps: " + "9" * 5000, "unreadable"),
+        ("!!python/object/apply:os.getcwd []", "unreadable"),
+        ("crop: [[1, 2], 3, 4]", "setting 'crop' is nested"),
+        # ten levels of ten aliases each: small to read, ten gigabytes to print
+        (
+            "a0: &a0 [0]\n"
+            + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 11)),
+            "setting 'a1' is nested",
+        ),
+    ],
+    ids=["deep", "number", "object", "nested", "aliases"],
+)
+def test_hostile_settings_file(tmp_path, text, words):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        read_settings(path)
+    assert len(str(caught.value)) < 400
