@@ -365,7 +365,7 @@ def test_training_starts_from_exactly_the_pretrained_weights(
 ):
     def start_of(config: TrainConfig) -> Segmenter:
         # Without an update, the final weights are the first ones.
-        monkeypatch.setattr(run_module, "_fit", lambda *arguments: 0.0)
+        monkeypatch.setattr(run_module, "_fit", lambda *arguments: (0.0, 0.0))
         train(config)
         return load_run(config.model_dir).model
 
