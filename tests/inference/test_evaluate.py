@@ -151,8 +151,8 @@ def test_report(make_run):
 
 
 def test_compare(make_run, tmp_path):
-    """Two runs of one method go by their folders."""
-    directories = [make_run("first"), make_run("second")]
+    """Two runs of one method go by their folders, whose names may be longer than a legend."""
+    directories = [make_run(f"{'long-' * 20}{name}") for name in ("first", "second")]
     for directory in directories:
         evaluate(directory)
     compare(directories, tmp_path / "both.html")

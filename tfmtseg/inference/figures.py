@@ -20,6 +20,7 @@ _REGION_COLORS = ("#14b8a6", "#f59e0b", "#e11d48", "#8b5cf6", "#3b82f6", "#84cc1
 _RUN_COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#be123c", "#0891b2", "#a16207")
 _INK, _MUTED, _GRID = "#1e293b", "#64748b", "#e2e8f0"
 _DPI = 220
+_LABEL_LENGTH = 32  # characters of a legend's entry
 
 
 def region_colors(count: int) -> list[str]:
@@ -251,7 +252,13 @@ def _diagram(inches: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _plain(text: str) -> str:
-    """`text` with Matplotlib's formula sign made harmless, and never hidden by a leading `_`."""
+    """`text` for a legend: its end, where it is long, and nothing that Matplotlib interprets.
+
+    A dollar sign begins a formula, and a leading `_` hides an entry. A legend as wide as a
+    path would leave no room for the picture.
+    """
+    if len(text) > _LABEL_LENGTH:
+        text = "\u2026" + text[1 - _LABEL_LENGTH :]
     return ("\u200b" + text if text.startswith("_") else text).replace("$", r"\$")
 
 

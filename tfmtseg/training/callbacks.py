@@ -247,10 +247,10 @@ class Termination(keras.callbacks.Callback):
         super().__init__()
         self.checkpoints = checkpoints
         self.asked = False
+        self.before: Any = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Begins to listen to SIGTERM. Python lets only the main thread do so."""
-        self.before: Any = None
         if threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._ask)
 
@@ -262,7 +262,6 @@ class Termination(keras.callbacks.Callback):
         if self.asked:
             self.checkpoints.manager.save()
             step = int(compat.iterations(self.checkpoints.optimizer))
-            self.on_train_end()
             print(f"Asked to end: saved after step {step}. Repeat the command to go on.")
             sys.exit(128 + signal.SIGTERM)
 
@@ -270,3 +269,4 @@ class Termination(keras.callbacks.Callback):
         """Listens no longer."""
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
+            self.before = None

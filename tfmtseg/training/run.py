@@ -350,12 +350,13 @@ def _fit(
         images, labels, _ = (part.numpy() for part in next(iter(drawn)))
         example = images, labels
     history = History(directory / "history.csv", config.steps_per_epoch, make_schedule(config))
+    termination = Termination(checkpoints)
     callbacks = [
         Progress(config.train_steps),
         TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
         history,
         checkpoints,
-        Termination(checkpoints),
+        termination,
     ]
     # A run that was asked to end goes on amid an epoch, whose rest comes first.
     steps = config.steps_per_epoch
@@ -379,6 +380,8 @@ def _fit(
             step = int(compat.iterations(model.optimizer))
             names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
             raise _not_finite(error, step, names) from None
+        finally:
+            termination.on_train_end()  # `fit` leaves it out when it fails
     return history.seconds
 
 
