@@ -19,12 +19,14 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from tfmtseg.data.cache import build_cache
 from tfmtseg.data.cases import Case
@@ -151,6 +153,9 @@ def write_on_a_full_disk(target: Target, size: int) -> None:
 
 
 def main(rounds: int, seed: int = 0) -> None:
+    # tqdm's own lock is shared by all copies of a process: one killed holding it stops all.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0  # no second thread in a process that is copied
     random = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         for name, target in make_targets(Path(folder), random).items():
