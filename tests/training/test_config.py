@@ -189,12 +189,13 @@ def test_shipped_settings_are_valid_and_found_by_name():
         ("crop: " + "[" * 5000, "unreadable"),
         ("train_steps: " + "9" * 5000, "unreadable"),
         ("!!python/object/apply:os.getcwd []", "unreadable"),
-        ("crop: [[1, 2], 3, 4]", "setting 'crop' is nested"),
+        # strides are lists of lists; no setting lies deeper
+        ("strides: [[[1, 2]], 3, 4]", "setting 'strides' is nested"),
         # ten levels of ten aliases each: small to read, ten gigabytes to print
         (
             "a0: &a0 [0]\n"
             + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 11)),
-            "setting 'a1' is nested",
+            "setting 'a2' is nested",
         ),
     ],
     ids=["deep", "number", "object", "nested", "aliases"],
@@ -205,3 +206,10 @@ def test_hostile_settings_file(tmp_path, text, words):
     with pytest.raises(InputError, match=words) as caught:
         read_settings(path)
     assert len(str(caught.value)) < 400
+
+
+def test_a_list_in_place_of_a_number_is_refused(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("crop: [[1, 2], 3, 4]")
+    with pytest.raises(InputError, match="setting 'crop' is .* must be of the kind 3 values"):
+        TrainConfig.from_mapping(read_settings(path), str(path))
