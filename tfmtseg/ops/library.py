@@ -32,6 +32,8 @@ _reason: str | None = None  # why `available` is False, once asked
 _disabled = contextvars.ContextVar("disabled", default=False)
 
 
+# AutoGraph would convert all that is called here, and warn where it finds no source.
+@tf.autograph.experimental.do_not_convert
 def choose(implementation: str = "auto") -> str:
     """`"native"` or `"reference"`: what `implementation` comes to here.
 
