@@ -15,7 +15,7 @@ constexpr int64_t kMostTiles = 65535;
 // Cuts the volumes; `count` is 0 if that cannot be done.
 Chunks Cut(const GroupNormArguments& arguments) {
   Chunks chunks = {};
-  if (arguments.n < 0 || arguments.voxels < 0 || arguments.channels < 1 ||
+  if (arguments.n < 0 || arguments.n > kMost || arguments.voxels < 0 || arguments.channels < 1 ||
       arguments.channels > kMostTiles * kChunkThreads || arguments.groups < 1 ||
       arguments.channels % arguments.groups != 0) {
     return chunks;
