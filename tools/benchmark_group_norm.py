@@ -2,7 +2,8 @@
 
 Whole training steps of Segmenter, and the op alone, forward and backward. Each
 implementation runs in a process of its own; the calls take turns, so that both meet the
-same noise. Prints medians, and the median of the ratios, round by round.
+same noise. Prints medians, and the median of the ratios, round by round; of the time, and
+of the CPU time of all threads, which other programs disturb less.
 
     python tools/benchmark_group_norm.py --rounds=9
 """
@@ -10,6 +11,7 @@ same noise. Prints medians, and the median of the ratios, round by round.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from absl import app, flags
 
@@ -84,7 +87,7 @@ def make_op(name: str) -> Callable[[], object]:
 
 
 def work(implementation: str) -> None:
-    """Reads names from stdin and calls them; prints seconds."""
+    """Reads names from stdin and calls them; prints seconds, and those of all its threads."""
     from tfmtseg.ops import library
 
     plain = implementation == "reference"
@@ -95,9 +98,15 @@ def work(implementation: str) -> None:
             name = line.strip()
             if name not in calls:
                 calls[name] = make_step(name) if name in STEPS else make_op(name)
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             calls[name]()
-            print(time.perf_counter() - started, flush=True)
+            print(time.perf_counter() - started[0], time.process_time() - started[1], flush=True)
+
+
+def processor() -> str:
+    """Its name, as Linux tells it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
 
 
 def main(_: list[str]) -> None:
@@ -116,28 +125,31 @@ def main(_: list[str]) -> None:
         for name in IMPLEMENTATIONS
     }
 
-    def seconds(worker: subprocess.Popen[str], case: str) -> float:
+    def seconds(worker: subprocess.Popen[str], case: str) -> list[float]:
         print(case, file=worker.stdin, flush=True)
-        return float(worker.stdout.readline())
+        return [float(number) for number in worker.stdout.readline().split()]
 
-    from tfmtseg import compat
-
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
-          f"Python {platform.python_version()}, TensorFlow {compat.versions()['tensorflow']}, "
-          f"{_PRECISION.value}\n")  # fmt: skip
-    print("| | native | plain TensorFlow | ratio |\n|---|---|---|---|")
+    print(
+        f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        f"TensorFlow {importlib.metadata.version('tensorflow')}, {_PRECISION.value}\n"
+    )
+    heads = ["", "native", "plain", "", "native, CPU", "plain, CPU", ""]
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for case in _CASES.value or [*STEPS, *OPS]:
-        times: dict[str, list[float]] = {name: [] for name in workers}
+        times: dict[str, list[list[float]]] = {name: [] for name in workers}
         for worker in workers.values():
             seconds(worker, case)  # traces
             seconds(worker, case)
         for _ in range(_ROUNDS.value):
             for name, worker in workers.items():
                 times[name].append(seconds(worker, case))
-        native, plain = (times[name] for name in IMPLEMENTATIONS)
-        ratio = statistics.median(p / n for n, p in zip(native, plain, strict=True))
-        medians = [f"{1000 * statistics.median(values):.1f} ms" for values in (native, plain)]
-        print(f"| {case} | {' | '.join(medians)} | {ratio:.2f} x faster |", flush=True)
+        cells = [case]
+        for clock in (0, 1):
+            native, plain = ([each[clock] for each in times[name]] for name in IMPLEMENTATIONS)
+            cells += [f"{1000 * statistics.median(values):.1f} ms" for values in (native, plain)]
+            ratio = statistics.median(p / n for n, p in zip(native, plain, strict=True))
+            cells.append(f"{ratio:.2f} x")
+        print(f"| {' | '.join(cells)} |", flush=True)
     for worker in workers.values():
         worker.communicate()
 
