@@ -34,6 +34,7 @@ from tfmtseg.inference.in_graph import (
     sliding_window_logits,
 )
 from tfmtseg.models.copy_paste import label_map
+from tfmtseg.ops import library
 from tfmtseg.regions import Regions
 from tfmtseg.training.run import Run, load_run
 from tfmtseg.training.sizes import total_strides
@@ -80,9 +81,10 @@ def served(run: Run) -> tuple[tf.Module, dict[str, Any]]:
         What holds the weights that inference needs, and the signatures by name.
     """
     channels = len(run.modalities)
-    network = _concrete(
-        lambda images: run.model(images, training=False), (None, None, None, None, channels)
-    )
+    with library.disabled():
+        network = _concrete(
+            lambda images: run.model(images, training=False), (None, None, None, None, channels)
+        )
     signatures = {
         "serving_default": _concrete(
             lambda images: _serve_batch(run, network, images), (None, None, None, None, channels)

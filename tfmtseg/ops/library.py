@@ -94,7 +94,28 @@ def has_cuda() -> bool:
     Raises:
         NativeOpsError: If the library cannot be built or loaded.
     """
-    return bool(_load()[1].architectures)
+    return bool(record().architectures)
+
+
+def record() -> Record:
+    """What the library says of itself; loads it as `load` does.
+
+    Raises:
+        NativeOpsError: If the library cannot be built or loaded.
+    """
+    return _load()[1]
+
+
+def is_built() -> bool:
+    """Whether `load` would build nothing: it takes what is there, or fails."""
+    from tfmtseg.ops import build
+
+    if os.environ.get(_SETTING):
+        return True
+    try:
+        return build.plan().is_built()
+    except NativeOpsError:
+        return True
 
 
 def available() -> bool:
@@ -124,20 +145,20 @@ def _load() -> tuple[ModuleType, Record]:
         setting = os.environ.get(_SETTING, "")
         own = setting in ("", "0")
         path = _find(here, gpu, may_build=not setting) if own else Path(setting)
-        record = _accepted(path, here)
+        found = _accepted(path, here)
         try:
             module = tf.load_op_library(str(path))
         except (tf.errors.OpError, OSError) as error:
             raise NativeOpsError(
                 f"loading {path}", str(error), "remove this file and build the library anew"
             ) from error
-        if gpu and not record.architectures and any(build.source_dir().glob("*_cuda.cu")):
+        if gpu and not found.architectures and any(build.source_dir().glob("*_cuda.cu")):
             warnings.warn(
                 f"{path} was built without CUDA: the native ops run on the CPU although there is "
                 "a GPU. Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc.",
                 stacklevel=3,
             )
-        _loaded = module, record
+        _loaded = module, found
         return _loaded
 
 
