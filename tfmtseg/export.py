@@ -65,8 +65,10 @@ def export_model(
         )
     module, signatures = served(run)
     path = output_dir / str(_next_version(output_dir))
+    # Who serves a model does not train it.
+    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
     with atomic_folder(path) as temporary:
-        tf.saved_model.save(module, str(temporary), signatures=signatures)
+        tf.saved_model.save(module, str(temporary), signatures, options)
         write_json(temporary / "assets.extra" / "model.json", _description(run))
     return path
 
@@ -99,7 +101,9 @@ def served(run: Run) -> tuple[tf.Module, dict[str, Any]]:
 
 
 def _concrete(function: Callable[[tf.Tensor], Any], shape: Sequence[int | None]) -> Any:
-    return tf.function(function).get_concrete_function(tf.TensorSpec(shape, tf.float32, "images"))
+    # Nothing in these graphs hangs on Python's `if` or `for`; looking for it takes seconds.
+    traced = tf.function(function, autograph=False)
+    return traced.get_concrete_function(tf.TensorSpec(shape, tf.float32, "images"))
 
 
 def _serve_batch(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -147,7 +147,7 @@ def test_only_weights_of_the_inference_are_written(runs, exported):
 def without_graphs(monkeypatch):
     """Exports that write a byte instead of a model, which takes seconds."""
 
-    def save(module, path, signatures):
+    def save(module, path, signatures, options):
         Path(path, "saved_model.pb").write_bytes(b"0")
 
     monkeypatch.setattr("tfmtseg.export.served", lambda run: (None, {}))
