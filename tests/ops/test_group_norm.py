@@ -7,7 +7,7 @@ import tensorflow as tf
 from tfmtseg.compat import keras
 from tfmtseg.ops import group_norm_relu, library
 
-both = pytest.mark.parametrize("implementation", ["reference"])
+both = pytest.mark.parametrize("implementation", ["reference", "native"])
 
 SHAPE = (2, 3, 4, 5, 16)
 # Shape and groups: one number; odd channels; one voxel; one channel a group; parts of vectors,

@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tfmtseg.ops import library, reference
+from tfmtseg.ops import library, native, reference
 
 
 def group_norm_relu(
@@ -56,8 +56,7 @@ def group_norm_relu(
     for name, values in (("gamma", gamma), ("beta", beta)):
         if not values.shape.is_compatible_with([channels]):
             raise ValueError(f"{name}: shape is {values.shape}, must be ({channels},)")
-    library.choose(implementation)
-    backend = reference  # the native op is to come
+    backend = native if library.choose(implementation) == "native" else reference
 
     @tf.custom_gradient
     def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
