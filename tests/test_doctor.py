@@ -116,9 +116,7 @@ def test_gpus(monkeypatch):
         "tensorflow.config.list_physical_devices", lambda kind: [device] * (kind == "GPU")
     )
     details = {"device_name": "A card", "compute_capability": (8, 6)}
-    monkeypatch.setattr(
-        "tensorflow.config.experimental.get_device_details", lambda device: details
-    )
+    monkeypatch.setattr("tensorflow.config.experimental.get_device_details", lambda device: details)
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert find("GPU").value == "A card, compute capability 8.6"
     assert "there is a GPU" in find("CUDA compiler").problem

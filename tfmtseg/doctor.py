@@ -130,7 +130,9 @@ def _native_ops() -> Iterator[Finding]:
             return
         record = library.record()
     except NativeOpsError as error:
-        yield Finding("native ops", "none: plain TensorFlow takes their place", error.why, error.fix)
+        yield Finding(
+            "native ops", "none: plain TensorFlow takes their place", error.why, error.fix
+        )
         return
     yield Finding(
         "native ops", f"for TensorFlow {record.tensorflow} ({record.tensorflow_git}), loaded"

@@ -40,9 +40,7 @@ from tfmtseg.training.run import Run, load_run
 from tfmtseg.training.sizes import total_strides
 
 
-def export_model(
-    model_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]
-) -> Path:
+def export_model(model_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Path:
     """Writes the model of a run as the next version of a SavedModel.
 
     The version's folder appears at once and whole. Earlier versions stay.

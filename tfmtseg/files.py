@@ -64,7 +64,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             for name in files:
                 _flush(Path(folder, name))
             _flush(Path(folder))
-        os.rename(temporary, path)
+        os.replace(temporary, path)
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -101,7 +101,7 @@ def serve(path: Path) -> None:
             return response
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):  # noqa: N802
+        def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             prefix, name = f"/v1/models/{path.parent.name}", path.parent.name
             try:

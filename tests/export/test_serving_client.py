@@ -30,7 +30,9 @@ def ports(exported):
     command = [sys.executable, "-I", "-S", SCRIPT, site, "serve", exported["exclusive"]]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
-            yield dict(zip(("grpc", "rest"), map(int, server.stdout.readline().split()), strict=True))
+            yield dict(
+                zip(("grpc", "rest"), map(int, server.stdout.readline().split()), strict=True)
+            )
         finally:
             server.terminate()
 

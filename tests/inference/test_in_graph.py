@@ -55,7 +55,6 @@ VOLUMES = {
 }
 
 
-
 @pytest.mark.parametrize("volume", VOLUMES.values(), ids=VOLUMES)
 def test_normalize(volume):
     """Both round to steps of 3e-4: equal to float32, unless a value lies on a border of two."""
