@@ -176,3 +176,16 @@ def test_output_that_is_a_file_is_refused(runs, tmp_path):
     (tmp_path / "model").write_text("")
     with pytest.raises(InputError, match="must be a folder"):
         export_model(runs["nested"].directory, tmp_path / "model")
+
+
+def test_the_tool_refuses_what_is_no_run(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, ROOT / "tools" / "export.py",
+            f"--model_dir={tmp_path}", f"--output_dir={tmp_path / 'out'}",
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"{tmp_path}: training run is missing" in done.stderr
+    assert not (tmp_path / "out").exists()
