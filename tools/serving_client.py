@@ -4,7 +4,7 @@
         --image=FLAIR.nii.gz,T1.nii.gz --output=labels.nii.gz
 
 The model is one of `tfmtseg-export`. gRPC sends the voxels as they lie in memory, and is
-meant for volumes. `--protocol=rest` sends numbers as text, about five times as many bytes,
+meant for volumes. `--protocol=rest` sends numbers as text, two to five times as many bytes,
 and needs nothing but Python's own library; its port is mostly 8501.
 
 gRPC needs the package tensorflow-serving-api (`pip install 'tfmtseg[serving]'`).

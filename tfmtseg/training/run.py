@@ -441,16 +441,20 @@ class Run:
         return self._forward(images).numpy()
 
 
-def load_run(model_dir: str | os.PathLike[str]) -> Run:
+def load_run(model_dir: str | os.PathLike[str], segments: bool = True) -> Run:
     """Reads a finished run from its folder.
+
+    Args:
+        model_dir: The folder.
+        segments: Whether the model has to segment, which a pretraining's does not.
 
     Raises:
         InputError: If the folder holds no run, one that is not finished, or a
-            pretraining, which segments nothing.
+            pretraining where the model has to segment.
     """
     directory = Path(model_dir)
     model, modalities = load_model(directory)
-    if model.pretraining:
+    if segments and model.pretraining:
         raise InputError(
             directory, "training run", "a pretraining", "a run of --mode=train",
             f"train with --init_checkpoint={directory}",
