@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfmtseg.data.preprocess import normalize
 from tfmtseg.errors import InputError
@@ -20,11 +21,7 @@ from tfmtseg.training.sizes import total_strides
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("tensorflow_alone.py")
-ENVIRONMENTS = (".venv", ".venv-addons")
-
-
-def site_packages(python: Path) -> Path:
-    return next(python.parents[1].glob("lib/python3*/site-packages"))
+ENVIRONMENTS = [ROOT / name for name in (".venv", ".venv-addons")]
 
 
 def make_volume(shape, seed) -> np.ndarray:
@@ -46,16 +43,21 @@ INPUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=ENVIRONMENTS)
+@pytest.fixture(scope="module", params=["this TensorFlow", "the other TensorFlow"])
 def answers(request, exported, tmp_path_factory):
-    """Outputs of all models, computed by the TensorFlow of one of both environments."""
-    python = ROOT / request.param / "bin" / "python"
-    if Path(sys.prefix) != python.parents[1] and not (ROOT / request.param / ".installed").exists():
-        pytest.skip(f"needs the other environment, {request.param}, which is not set up here")
+    """Outputs of all models, computed by this environment's TensorFlow or the other's."""
+    python, site_packages = Path(sys.executable), Path(tf.__file__).parents[1]
+    if request.param == "the other TensorFlow":
+        others = [path for path in ENVIRONMENTS if path != Path(sys.prefix)]
+        ready = [path for path in others if (path / ".installed").exists()]
+        if not ready:
+            pytest.skip(f"needs the other environment, {others[0].name}, which is not set up")
+        python = ready[0] / "bin" / "python"
+        site_packages = next(ready[0].glob("lib/python3*/site-packages"))
     folder = tmp_path_factory.mktemp("answers")
     np.savez(folder / "inputs.npz", **INPUTS)
     done = subprocess.run(
-        [python, "-I", "-S", SCRIPT, site_packages(python), "answer", folder, *exported.values()],
+        [python, "-I", "-S", SCRIPT, site_packages, "answer", folder, *exported.values()],
         capture_output=True,
         text=True,
         env={**os.environ, "TF_ENABLE_ONEDNN_OPTS": "1"},
