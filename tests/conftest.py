@@ -10,8 +10,8 @@ import pytest
 import tfmtseg  # noqa: F401  # isort: skip  before tensorflow, as users are asked to
 import tensorflow as tf
 
-# Says once that there is no GPU; not amid a test's output.
-GPUS = tf.config.list_physical_devices("GPU")
+tf.config.list_physical_devices()  # says once that there is no GPU; not amid a test's output
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
@@ -24,7 +24,7 @@ def pytest_addoption(parser):
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not GPUS:
+    if item.get_closest_marker("gpu") and not tf.config.list_physical_devices("GPU"):
         pytest.skip("needs a GPU, and TensorFlow sees none")
 
 
