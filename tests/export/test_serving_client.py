@@ -15,8 +15,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tfmtseg.data.nifti import read_image
+from tfmtseg.data.preprocess import normalize
 from tfmtseg.errors import InputError
-from tfmtseg.inference.predict import predict_folder
+from tfmtseg.inference.predict import predict_folder, predict_volume
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("tensorflow_alone.py")
@@ -54,14 +56,13 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "rest"])
-def test_the_tool_writes_what_predict_writes(ports, runs, images, tmp_path, protocol):
+def test_the_tool_writes_what_predict_writes(ports, runs, images, tmp_path):
     predict_folder(runs["exclusive"].directory, images, tmp_path / "expected")
     output = tmp_path / "served.nii.gz"
     done = subprocess.run(
         [
-            sys.executable, TOOL, f"--server=127.0.0.1:{ports[protocol]}", "--model=exclusive",
-            f"--protocol={protocol}", f"--image={images / 'case.nii.gz'}", f"--output={output}",
+            sys.executable, TOOL, f"--server=127.0.0.1:{ports['grpc']}", "--model=exclusive",
+            f"--image={images / 'case.nii.gz'}", f"--output={output}",
         ],
         capture_output=True, text=True,
     )  # fmt: skip
@@ -72,6 +73,13 @@ def test_the_tool_writes_what_predict_writes(ports, runs, images, tmp_path, prot
     assert len(np.unique(expected_labels)) == 3
     # Voxels in which two classes are alike to the last digits may differ.
     assert (labels == expected_labels).mean() > 0.999
+
+
+def test_rest_gives_the_labels_of_predict(ports, runs, images, client):
+    voxels = read_image([images / "case.nii.gz"]).voxels
+    labels = client.predict_rest(f"127.0.0.1:{ports['rest']}", "exclusive", voxels, 60)
+    assert labels.dtype == np.uint8
+    assert (labels == predict_volume(runs["exclusive"], normalize(voxels))).mean() > 0.999
 
 
 def test_messages_beyond_the_limit_of_grpc(ports, client):
