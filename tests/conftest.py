@@ -15,6 +15,28 @@ tf.config.list_physical_devices()  # says once that there is no GPU; not amid a 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-gpu",
+        action="store_true",
+        help="tests that need a GPU fail where they would be skipped",
+    )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not tf.config.list_physical_devices("GPU"):
+        pytest.skip("needs a GPU, and TensorFlow sees none")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item):
+    """A run on a GPU machine must not pass by skipping, whatever the reason."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and item.get_closest_marker("gpu") and item.config.option.require_gpu:
+        report.outcome, report.longrepr = "failed", f"{report.longrepr[2]}; --require-gpu"
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with real data sets beside the repository."""

@@ -2,11 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tfmtseg.files import atomic_path, write_json, write_text
+from tfmtseg.files import atomic_folder, atomic_path, write_json, write_text
 
 
 def names(folder) -> list[str]:
@@ -89,3 +93,61 @@ def test_json(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(path, {"a": float("nan")})  # no reader but Python's knows NaN
     assert json.loads(path.read_text(encoding="utf-8")) == {"µ": [1, 2.5, None]}
+
+
+def test_a_folder_appears_at_once(tmp_path):
+    path = tmp_path / "new" / "1"
+    with atomic_folder(path) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "a.txt").write_text("a")
+        assert not path.exists()
+        assert temporary.parent == path.parent  # a move between file systems is no move
+    assert (path / "inner" / "a.txt").read_text() == "a"
+    assert names(path.parent) == ["1"]
+
+
+def test_an_exception_leaves_no_folder(tmp_path):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "1") as temporary:  # noqa: PT012
+        (temporary / "a.txt").write_text("a")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a.txt").write_text("old")
+    with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "1") as temporary:
+        (temporary / "a.txt").write_text("new")
+    assert (tmp_path / "1" / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["1"]
+
+
+def test_a_folder_is_on_the_disk_before_the_move(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle: int) -> None:
+        calls.append(Path(f"/proc/self/fd/{handle}").readlink())
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("move"), replace(*paths))[1])
+    with atomic_folder(tmp_path / "1") as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner" / "a.txt").write_text("a")
+    inner = temporary / "inner"
+    assert calls == [inner / "a.txt", inner, temporary, "move", tmp_path]
+
+
+def test_a_killed_process_leaves_no_folder(tmp_path):
+    """What it leaves has a name that no server takes for a version."""
+    program = (
+        "import os, sys; from tfmtseg.files import atomic_folder\n"
+        "with atomic_folder(sys.argv[1]) as folder:\n"
+        "    (folder / 'saved_model.pb').write_bytes(b'half')\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "1"], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = names(tmp_path)
+    assert left.startswith(".tmp-")

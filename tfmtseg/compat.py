@@ -51,6 +51,12 @@ def tensorflow_build() -> tuple[str, str]:
     return tf.__version__, tf.version.GIT_VERSION
 
 
+def tensorflow_fits_keras() -> bool:
+    """Whether TensorFlow and Keras are of the same generation, as tests have them."""
+    before_keras_3 = tuple(map(int, tf.__version__.split(".")[:2])) < (2, 16)
+    return before_keras_3 != KERAS_3
+
+
 def float32_weight(layer: keras.layers.Layer, **kwargs: Any) -> Any:
     """Adds a trainable weight that stays float32 under mixed precision.
 

@@ -133,6 +133,20 @@ def test_config_and_weights_survive_files(model, tmp_path):
     np.testing.assert_array_equal(again(images), model(images))
 
 
+def test_keras_file_survives(model, tmp_path):
+    model.train_step(batch([1, 0]))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert type(again) is Segmenter
+    assert again.get_config() == model.get_config()
+    assert int(again.optimizer.iterations) == 1
+    assert len(again.get_weights()) == len(model.get_weights())
+    for a, b in zip(again.get_weights(), model.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    images = batch([1])[0]
+    np.testing.assert_array_equal(again(images), model(images))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_every_trainable_weight(method):
     # At width 8, a group of the first level's GroupNorm is one channel, and the bias of

@@ -8,11 +8,26 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 
+def window_step(window: int, overlap: float) -> int:
+    """Voxels from a window to the next along an axis, at least 1.
+
+    Args:
+        window: Voxels of a window.
+        overlap: Part of a window shared with its neighbour, in [0, 1).
+
+    Raises:
+        ValueError: If `overlap` is out of its range.
+    """
+    if not 0 <= overlap < 1:
+        raise ValueError(f"Expected `overlap` in [0, 1). Received: {overlap}.")
+    return max(1, int(window * (1 - overlap)))
+
+
 def window_starts(size: int, window: int, overlap: float) -> list[int]:
     """First voxels of the windows that cover one axis.
 
-    Windows step by `int(window * (1 - overlap))`; the last is moved back so
-    that it ends with the axis.
+    Windows follow each other by `window_step`; the last is moved back so that it
+    ends with the axis.
 
     Args:
         size: Voxels of the axis, at least `window`.
@@ -26,11 +41,9 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
         ValueError: If the window is larger than the axis or `overlap` is out of
             its range.
     """
-    if not 0 <= overlap < 1:
-        raise ValueError(f"Expected `overlap` in [0, 1). Received: {overlap}.")
+    step = window_step(window, overlap)
     if not 0 < window <= size:
         raise ValueError(f"Expected a window of 1 to {size} voxels. Received: {window}.")
-    step = max(1, int(window * (1 - overlap)))
     last = size - window
     return [*range(0, last, step), last]
 

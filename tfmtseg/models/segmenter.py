@@ -211,6 +211,7 @@ class Segmenter(keras.Model):
             self.branch.build(input_shape)
         if self.teacher is not None:
             self.teacher.build(shape)
+        self._built_for = list(input_shape)
         self.built = True
 
     def compile(self, optimizer: Any = "adam", loss: Any = None, **kwargs: Any) -> None:
@@ -444,6 +445,22 @@ class Segmenter(keras.Model):
             "strides": [list(factors) for factors in self.encoder.strides],
             **self._arguments,
         }
+
+    # `.keras` files: Keras 2 does not know what `build` was given, and neither Keras trusts
+    # its own `compile_from_config` with a `compile` of ours.
+
+    def get_build_config(self) -> dict[str, Any] | None:
+        """What `build` was given, None before."""
+        return {"input_shape": self._built_for} if self.built else None
+
+    def build_from_config(self, config: Mapping[str, Any]) -> None:
+        """Makes the weights of a model from a file."""
+        self.build(config["input_shape"])
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        """Compiles a model from a file as it was when it was saved."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
 
 
 def _mean(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:

@@ -97,7 +97,28 @@ def has_cuda() -> bool:
     Raises:
         NativeOpsError: If the library cannot be built or loaded.
     """
-    return bool(_load()[1].architectures)
+    return bool(record().architectures)
+
+
+def record() -> Record:
+    """What the library says of itself; loads it as `load` does.
+
+    Raises:
+        NativeOpsError: If the library cannot be built or loaded.
+    """
+    return _load()[1]
+
+
+def is_built() -> bool:
+    """Whether `load` would build nothing: it takes what is there, or fails."""
+    from tfmtseg.ops import build
+
+    if os.environ.get(_SETTING):
+        return True
+    try:
+        return build.plan().is_built()
+    except NativeOpsError:
+        return True
 
 
 def available() -> bool:
@@ -130,14 +151,14 @@ def _load() -> tuple[ModuleType, Record]:
         setting = os.environ.get(_SETTING, "")
         own = setting in ("", "0")
         path = _find(here, gpu, may_build=not setting) if own else Path(setting)
-        record = _accepted(path, here)
+        found = _accepted(path, here)
         try:
             module = tf.load_op_library(str(path))
         except (tf.errors.OpError, OSError) as error:
             raise NativeOpsError(
                 f"loading {path}", str(error), "remove this file and build the library anew"
             ) from error
-        has_kernels = record.architectures or not any(build.source_dir().glob("*_cuda.cu"))
+        has_kernels = found.architectures or not any(build.source_dir().glob("*_cuda.cu"))
         _idle_gpu = gpu and not has_kernels
         if _idle_gpu:
             warnings.warn(
@@ -146,7 +167,7 @@ def _load() -> tuple[ModuleType, Record]:
                 "Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc.",
                 stacklevel=3,
             )
-        _loaded = module, record
+        _loaded = module, found
         return _loaded
 
 

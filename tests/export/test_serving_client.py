@@ -1,0 +1,103 @@
+"""The client of tools/ against a server that has TensorFlow alone.
+
+The server is ours; its messages are made by the protocol's own package. It stands in for
+TensorFlow Serving, with which none of this was run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from tfmtseg.data.nifti import read_image
+from tfmtseg.data.preprocess import normalize
+from tfmtseg.errors import InputError
+from tfmtseg.inference.predict import predict_folder, predict_volume
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("tensorflow_alone.py")
+TOOL = ROOT / "tools" / "serving_client.py"
+LPS = np.array([[-2.0, 0, 0, 30], [0, -1, 0, 40], [0, 0, 3, -5], [0, 0, 0, 1]])
+
+
+@pytest.fixture(scope="module")
+def ports(exported):
+    site = Path(importlib.util.find_spec("tensorflow").origin).parents[1]
+    command = [sys.executable, "-I", "-S", SCRIPT, site, "serve", exported["exclusive"]]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            yield dict(
+                zip(("grpc", "rest"), map(int, server.stdout.readline().split()), strict=True)
+            )
+        finally:
+            server.terminate()
+
+
+@pytest.fixture(scope="module")
+def client():
+    spec = importlib.util.spec_from_file_location("serving_client", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """One image of two modalities, stored from left to right and front to back."""
+    folder = tmp_path_factory.mktemp("images")
+    volume = np.exp(np.random.default_rng(0).normal(size=(18, 12, 9, 2))).astype(np.float32)
+    nib.save(nib.Nifti1Image(volume, LPS), folder / "case.nii.gz")
+    return folder
+
+
+def test_the_tool_writes_what_predict_writes(ports, runs, images, tmp_path):
+    predict_folder(runs["exclusive"].directory, images, tmp_path / "expected")
+    output = tmp_path / "served.nii.gz"
+    done = subprocess.run(
+        [
+            sys.executable, TOOL, f"--server=127.0.0.1:{ports['grpc']}", "--model=exclusive",
+            f"--image={images / 'case.nii.gz'}", f"--output={output}",
+        ],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    served, expected = nib.load(output), nib.load(tmp_path / "expected" / "case.nii.gz")
+    np.testing.assert_array_equal(served.affine, expected.affine)
+    labels, expected_labels = (np.asarray(image.dataobj) for image in (served, expected))
+    assert len(np.unique(expected_labels)) == 3
+    # Voxels in which two classes are alike to the last digits may differ.
+    assert (labels == expected_labels).mean() > 0.999
+
+
+def test_rest_gives_the_labels_of_predict(ports, runs, images, client):
+    voxels = read_image([images / "case.nii.gz"]).voxels
+    labels = client.predict_rest(f"127.0.0.1:{ports['rest']}", "exclusive", voxels, 60)
+    assert labels.dtype == np.uint8
+    assert (labels == predict_volume(runs["exclusive"], normalize(voxels))).mean() > 0.999
+
+
+def test_messages_beyond_the_limit_of_grpc(ports, client):
+    """20 MiB there and 5 MiB back, where a client takes 4 MiB by default."""
+    voxels = np.random.default_rng(0).integers(0, 255, (200, 200, 130, 1)).astype(np.float32)
+    labels = client.predict_grpc(f"127.0.0.1:{ports['grpc']}", "echo", voxels, 60)
+    np.testing.assert_array_equal(labels, voxels[..., 0])
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "rest"])
+def test_refusals_are_told(ports, client, protocol):
+    predict = getattr(client, f"predict_{protocol}")
+    server = f"127.0.0.1:{ports[protocol]}"
+    voxels = np.ones((9, 9, 9, 2), np.float32)
+    with pytest.raises(InputError, match="unknown_model"):
+        predict(server, "unknown_model", voxels, 60)
+    voxels[3, 3, 3, 1] = np.inf
+    with pytest.raises(InputError, match="values must be finite"):
+        predict(server, "exclusive", voxels, 60)
+    with pytest.raises(InputError, match="must be a label map"):
+        predict("127.0.0.1:9", "exclusive", voxels, 60)  # nobody listens there

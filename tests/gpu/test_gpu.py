@@ -1,0 +1,107 @@
+"""What runs on a GPU gives what the CPU gives.
+
+    pytest -m gpu --require-gpu
+
+With --require-gpu, none of these can be skipped.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg import Regions, Segmenter
+from tfmtseg.compat import keras
+from tfmtseg.models.methods import METHODS
+from tfmtseg.ops import group_norm_relu, info_nce, library
+
+pytestmark = pytest.mark.gpu
+
+# By type, relative to the largest value: rounding of the sums, or of half precision's inputs
+# and outputs, which both devices round alike but after sums in another order.
+TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def full_precision():
+    """Products in float32 as written, not in TensorFloat-32."""
+    before = tf.config.experimental.tensor_float_32_execution_enabled()
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+    yield
+    tf.config.experimental.enable_tensor_float_32_execution(before)
+
+
+def on(device: str, function, *inputs):
+    """Value and gradients of all inputs, computed on a device."""
+    with tf.device(device):
+        inputs = [tf.identity(each) for each in inputs]
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            value = function(*inputs)
+            total = tf.reduce_sum(tf.cast(value, tf.float32) * tf.cast(value, tf.float32))
+        results = [value, *tape.gradient(total, inputs)]
+    return [np.array(tf.cast(each, tf.float64)) for each in results]
+
+
+def assert_alike(results, expected, tolerance: float) -> None:
+    for a, b in zip(results, expected, strict=True):
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
+
+
+def random(shape, dtype: str, seed: int) -> tf.Tensor:
+    return tf.cast(tf.random.stateless_normal(shape, (seed, 0)), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("count", "features"), [(100, 17), (300, 256)])
+def test_info_nce(dtype, count, features):
+    assert library.has_cuda()
+    rows = [random((count, features), dtype, seed) for seed in (0, 1)]
+
+    def native(queries, keys):
+        return info_nce(queries, keys, implementation="native")
+
+    def reference(queries, keys):
+        return info_nce(queries, keys, implementation="reference")
+
+    # float32 rows may be taken in two bfloat16 parts, which keep 16 bits of 24.
+    tolerance = 1e-4 if dtype == "float32" else TOLERANCES[dtype]
+    assert_alike(on("GPU:0", native, *rows), on("CPU:0", reference, *rows), tolerance)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(2, 5, 4, 3, 8), (1, 24, 20, 16, 32)])
+def test_group_norm_relu(dtype, shape):
+    x = random(shape, dtype, 0) * 2 + 3
+    gamma, beta = random(shape[-1:], "float32", 1), random(shape[-1:], "float32", 2)
+
+    def reference(*inputs):
+        return group_norm_relu(*inputs, 8, implementation="reference")
+
+    def chosen(*inputs):
+        return group_norm_relu(*inputs, 8)
+
+    expected = on("CPU:0", reference, x, gamma, beta)
+    assert_alike(on("GPU:0", chosen, x, gamma, beta), expected, 4 * TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_training_step(method):
+    """Losses before the first update: the same numbers, summed in another order."""
+    regions = Regions.parse("brats_msd")
+    images = random((2, 16, 16, 16, 2), "float32", 0)
+    labels = tf.random.stateless_uniform((2, 16, 16, 16), (1, 0), 0, 4, tf.int32)
+    logs = {}
+    for device in ("CPU:0", "GPU:0"):
+        with tf.device(device):
+            keras.utils.set_random_seed(3)
+            model = Segmenter(
+                regions, method, width=8, dropout=0.0, cube_size=8, predictor_blocks=1
+            )
+            model.build((None, 16, 16, 16, 2))
+            model.compile(keras.optimizers.SGD(0.1))
+            data = images, labels, tf.constant([1.0, 0.0])
+            logs[device] = {key: float(value) for key, value in model.train_step(data).items()}
+    for name, value in logs["CPU:0"].items():
+        assert logs["GPU:0"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name

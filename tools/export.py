@@ -1,0 +1,30 @@
+"""Writes a trained model as a SavedModel, which TensorFlow alone can serve."""
+
+from __future__ import annotations
+
+from absl import app, flags
+
+from tfmtseg.console import report_problems
+from tfmtseg.export import export_model
+
+_MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
+_OUTPUT_DIR = flags.DEFINE_string(
+    "output_dir", None, "Folder of the SavedModel's versions; gets the next one.", required=True
+)
+
+
+def _export() -> None:
+    print(f"Wrote {export_model(_MODEL_DIR.value, _OUTPUT_DIR.value)}")
+
+
+def main(argv: list[str]) -> int:
+    del argv  # all flags
+    return report_problems(_export)
+
+
+def run() -> None:
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,114 @@
+"""Segments one image by a model that TensorFlow Serving serves: an example to build upon.
+
+    python tools/serving_client.py --server=localhost:8500 --model=brain \
+        --image=FLAIR.nii.gz,T1.nii.gz --output=labels.nii.gz
+
+The model is one of `tfmtseg-export`. gRPC sends the voxels as they lie in memory, and is
+meant for volumes. `--protocol=rest` sends numbers as text, two to five times as many bytes,
+and needs nothing but Python's own library; its port is mostly 8501.
+
+gRPC needs the package tensorflow-serving-api (`pip install 'tfmtseg[serving]'`).
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+from tfmtseg.console import report_problems
+from tfmtseg.data.nifti import read_image, write_label_map
+from tfmtseg.errors import InputError
+
+_SERVER = flags.DEFINE_string("server", "localhost:8500", "HOST:PORT of the server.")
+_PROTOCOL = flags.DEFINE_enum("protocol", "grpc", ["grpc", "rest"], "What the port speaks.")
+_MODEL = flags.DEFINE_string("model", None, "The model's name on the server.", required=True)
+_IMAGE = flags.DEFINE_list("image", None, "One file, or one per modality.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "The label map to write.", required=True)
+_TIMEOUT_S = flags.DEFINE_float("timeout_s", 600, "Seconds to wait for an answer.")
+
+# A client of gRPC takes no answer above 4 MiB unless told to; a volume's is larger.
+UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+def predict_grpc(server: str, model: str, voxels: np.ndarray, timeout_s: float) -> np.ndarray:
+    """The label map of a volume.
+
+    Args:
+        server: `HOST:PORT`.
+        model: Its name on the server.
+        voxels: Float32, `(x, y, z, modalities)`, RAS+.
+        timeout_s: Seconds to wait.
+
+    Returns:
+        `uint8`, `(x, y, z)`.
+
+    Raises:
+        InputError: If there is no such answer.
+    """
+    import grpc
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+
+    request = predict_pb2.PredictRequest()
+    request.model_spec.name = model
+    request.model_spec.signature_name = "volume"
+    request.inputs["images"].CopyFrom(tf.make_tensor_proto(voxels))
+    request.output_filter.append("labels")  # the probabilities are many times larger
+    with grpc.insecure_channel(server, options=UNLIMITED) as channel:
+        stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+        try:
+            response = stub.Predict(request, timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _no_answer(server, f"{error.code().name} ({error.details()})") from None
+    return tf.make_ndarray(response.outputs["labels"])
+
+
+def predict_rest(server: str, model: str, voxels: np.ndarray, timeout_s: float) -> np.ndarray:
+    """As `predict_grpc`."""
+    content = {"signature_name": "volume", "inputs": {"images": voxels.tolist()}}
+    request = urllib.request.Request(
+        f"http://{server}/v1/models/{model}:predict", json.dumps(content).encode()
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            outputs: dict[str, Any] = json.load(response)["outputs"]
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _no_answer(server, f"{error.code} ({error.read().decode()})") from None
+    except OSError as error:
+        raise _no_answer(server, str(error)) from None
+    return np.array(outputs["labels"], np.uint8)
+
+
+def _no_answer(server: str, found: str) -> InputError:
+    return InputError(
+        server, "answer", found, "a label map",
+        "look whether the server runs, and correct --server, --protocol, --model or --image",
+    )  # fmt: skip
+
+
+def _predict() -> None:
+    volume = read_image([Path(path) for path in _IMAGE.value])
+    predict = predict_grpc if _PROTOCOL.value == "grpc" else predict_rest
+    labels = predict(_SERVER.value, _MODEL.value, volume.voxels, _TIMEOUT_S.value)
+    write_label_map(Path(_OUTPUT.value), labels, volume.geometry)
+    print(f"Wrote {_OUTPUT.value}")
+
+
+def main(argv: list[str]) -> int:
+    del argv  # all flags
+    return report_problems(_predict)
+
+
+def run() -> None:
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()
