@@ -351,8 +351,9 @@ def _fit(
         example = images, labels
     history = History(directory / "history.csv", config.steps_per_epoch, make_schedule(config))
     termination = Termination(checkpoints)
+    progress = Progress(config.train_steps)
     callbacks = [
-        Progress(config.train_steps),
+        progress,
         TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
         history,
         checkpoints,
@@ -381,7 +382,8 @@ def _fit(
             names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
             raise _not_finite(error, step, names) from None
         finally:
-            termination.on_train_end()  # `fit` leaves it out when it fails
+            for callback in (termination, progress):
+                callback.on_train_end()  # `fit` leaves it out when it fails
     return history.seconds
 
 
