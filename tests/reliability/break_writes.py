@@ -162,6 +162,8 @@ def main(rounds: int, seed: int = 0) -> None:
                 if {path.name: path.read_bytes() for path in target.folder.iterdir()} != before:
                     raise AssertionError(f"{name}: a failed write left something behind")
                 target.examine()
+    if not any(inside.values()):
+        raise AssertionError("no kill fell into a write: this shows nothing")
     counts = ", ".join(f"{name} ({count} inside a write)" for name, count in inside.items())
     print(f"{rounds} kills and {rounds} full disks each, {counts}: 0 partial files")
 

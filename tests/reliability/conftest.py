@@ -1,36 +1,14 @@
-"""What the tests of the promises share."""
+"""The collection of bad inputs, written anew for each run of the tests."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
 SCRIPT = Path(__file__).resolve().parents[3] / "shared" / "scripts" / "make_bad_inputs.py"
-
-
-@pytest.fixture
-def short_form() -> Callable[..., str]:
-    """Calls a script beside this file with the given arguments; returns its last line.
-
-    `make torture` calls it with larger numbers, see `torture.py`.
-    """
-
-    def call(script: str, *arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, HERE / script, *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-        return done.stdout.splitlines()[-1]
-
-    return call
 
 
 @pytest.fixture(scope="session")

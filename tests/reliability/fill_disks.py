@@ -80,11 +80,11 @@ def save_on_full_disks(directory: Path, times: int, random: np.random.Generator)
 def train_on_a_full_disk(folder: Path, random: np.random.Generator) -> None:
     data, log = runs.make_data(folder / "data"), folder / "log"
     whole, broken = (folder / name for name in ("whole", "broken"))
-    runs.must_train(runs.flags(data, whole), log)
+    runs.must_train(runs.flags(data, whole, method="encdec"), log)
     (path,) = (whole / "weights").glob("*.data*")
     size = int(random.integers(path.stat().st_size))
     step = int(random.integers(1, runs.TRAIN_STEPS))
-    command = runs.flags(data, broken)
+    command = runs.flags(data, broken, method="encdec")
     status = runs.run_training(command, log, runs.after_step(step, partial(limit_files, size)))
     told = re.search(rf"^{broken}/\w+: access is refused \(.*Fix: ", log.read_text(), re.MULTILINE)
     if status != BAD_SYSTEM or not told:

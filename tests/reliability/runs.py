@@ -81,7 +81,7 @@ def make_data(folder: Path) -> Path:
 def flags(data: Path, model_dir: Path, **settings: object) -> list[str]:
     """The command line of a small run; `settings` win over those above."""
     places = {"data_dir": data, "model_dir": model_dir, "cache_dir": data.parent / "cache"}
-    chosen = {**places, "method": "sscpcseg", **SETTINGS, **settings}
+    chosen = {**places, **SETTINGS, **settings}
     return [f"--{name}={value}" for name, value in chosen.items()]
 
 

@@ -43,11 +43,15 @@ class Promise:
         promise: What is promised.
         how: How it is tested.
         commands: For a shell in the repository; PYTHON stands for an environment's Python.
+        short: The same scripts with smaller numbers, for each run of the tests, see
+            `test_promises.py`. Where it is empty, `commands` call tests or what
+            `test_flips.py` calls, and `make sanitize` the last.
     """
 
     promise: str
     how: str
     commands: tuple[str, ...]
+    short: tuple[str, ...] = ()
 
 
 PROMISES = {
@@ -72,6 +76,7 @@ PROMISES = {
         "A process that saves without end is killed inside a save; the next one must find a "
         "whole checkpoint, none older than the last whose save had returned.",
         (f"PYTHON {HERE}/kill_saves.py 100",),
+        (f"PYTHON {HERE}/kill_saves.py 2",),
     ),
     4: Promise(
         "A killed training goes on to the same bits.",
@@ -79,6 +84,7 @@ PROMISES = {
         "nothing interrupted: weights, teacher and optimizer of the last checkpoint, final "
         "weights, losses, scores and learning rates of all epochs.",
         (f"PYTHON {HERE}/interrupt_runs.py KILL 10",),
+        (f"PYTHON {HERE}/interrupt_runs.py KILL 1 bcp",),
     ),
     5: Promise(
         "A failed write leaves the old file or none.",
@@ -86,6 +92,7 @@ PROMISES = {
         "that is full at a random place (a limit to the size of files): cache, predictions and "
         "text, such as settings, tables and reports; full disks for what TensorFlow writes too.",
         (f"PYTHON {HERE}/break_writes.py 100", f"PYTHON {HERE}/fill_disks.py 100"),
+        (f"PYTHON {HERE}/break_writes.py 5", f"PYTHON {HERE}/fill_disks.py 3"),
     ),
     6: Promise(
         "Memory is bounded, and told beforehand.",
@@ -103,6 +110,7 @@ PROMISES = {
         "sheared, and a volume of one slice: shape and affine equal, and the same prediction "
         "voxel by voxel.",
         (f"PYTHON {HERE}/turn_volumes.py",),
+        (f"PYTHON {HERE}/turn_volumes.py",),
     ),
     8: Promise(
         "The native ops never crash.",
@@ -116,11 +124,13 @@ PROMISES = {
         "One voxel of the images of a random step is NaN or infinite; the message names step, "
         "loss and cases, and the checkpoint before is the last and finite.",
         (f"PYTHON {HERE}/spoil_steps.py",),
+        (f"PYTHON {HERE}/spoil_steps.py encdec",),
     ),
     10: Promise(
         "The cache is complete and undamaged, or made anew.",
         "A flipped bit, a cut file, a missing file, other settings, in random places.",
         (f"PYTHON {HERE}/damage_cache.py 2000",),
+        (f"PYTHON {HERE}/damage_cache.py 20",),
     ),
     11: Promise(
         "Nothing outside the data folder is read.",
@@ -135,12 +145,14 @@ PROMISES = {
         "offered wherever a file is taken; that each leaves its mark when loaded carelessly is "
         "shown first.",
         (f"PYTHON {HERE}/load_foreign_files.py",),
+        (f"PYTHON {HERE}/load_foreign_files.py",),
     ),
     13: Promise(
         "SIGTERM saves and ends with status 143.",
         "Sent at random steps: what is saved is the very step, within 10 s, and the same command "
         "goes on to the same bits as a run that nothing interrupted.",
         (f"PYTHON {HERE}/interrupt_runs.py TERM 10 encdec",),
+        (f"PYTHON {HERE}/interrupt_runs.py TERM 1 sscpcseg",),
     ),
 }
 
