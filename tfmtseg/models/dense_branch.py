@@ -119,11 +119,12 @@ class DenseContrastiveBranch(Branch):
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from all volumes."""
-        return self(
-            batch.images,
-            describe=lambda views: batch.decode(batch.encode(views)),
-            seed=batch.seed,
-        )
+        return self(batch.images, describe=_decoded(batch), seed=batch.seed)
+
+    def keys(self, batch: Batch) -> tf.Tensor:
+        """See `Branch`: the places of the second view."""
+        rows = self._rows(batch.images, _decoded(batch), batch.seed)[1]
+        return tf.reshape(rows, (tf.shape(batch.images)[0], -1, LENGTH))
 
     def call(
         self,
@@ -132,6 +133,16 @@ class DenseContrastiveBranch(Branch):
         seed: tf.Tensor | None = None,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
+        queries, keys = self._rows(images, describe, seed)
+        return self._compare(queries, keys, cases=tf.shape(images)[0])
+
+    def _rows(
+        self,
+        images: tf.Tensor,
+        describe: Callable[[tf.Tensor], tf.Tensor],
+        seed: tf.Tensor | None,
+    ) -> list[tf.Tensor]:
+        """The places that both views show, projected, as rows of the one and the other."""
         crop = images.shape[1:4]
         size = view_shape(crop, self.strides)
         room = np.subtract(crop, size)
@@ -147,7 +158,7 @@ class DenseContrastiveBranch(Branch):
             features = describe(change_intensities(view, seeds[1 + i]))
             common = _box(features, start - offsets[i], np.subtract(size, room))
             rows.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
-        return self._compare(rows[0], rows[1], cases=tf.shape(images)[0])
+        return rows
 
     def _project(self, features: tf.Tensor) -> tf.Tensor:
         """Rows `(batch * places, LENGTH)`; the places of a volume follow each other."""
@@ -180,6 +191,10 @@ class DenseContrastiveBranch(Branch):
             "across_cases": self.across_cases,
         }
         return {**super().get_config(), **config}
+
+
+def _decoded(batch: Batch) -> Callable[[tf.Tensor], tf.Tensor]:
+    return lambda views: batch.decode(batch.encode(views))
 
 
 def _box(volumes: tf.Tensor, start: tf.Tensor, size: Sequence[int]) -> tf.Tensor:
