@@ -95,14 +95,15 @@ PROMISES = {
         (f"PYTHON {HERE}/break_writes.py 5", f"PYTHON {HERE}/fill_disks.py 3"),
     ),
     6: Promise(
-        "Memory is bounded, and told beforehand.",
+        "Memory is bounded, and a training tells beforehand how much it takes.",
         "The refusals of the 110 inputs, by reader and tool, stay below 1 GiB and 20 s, "
-        "TensorFlow included. Training and prediction print an estimate; the peak of memory of "
-        "whole processes is compared with it.",
+        "TensorFlow included. Training prints what it will take at most; the peak of the process "
+        "must stay below it, and come up to a third.",
         (
             f"{PYTEST} {HERE}/test_bad_inputs.py::test_memory_and_time",
-            f"PYTHON {HERE}/measure_memory.py",
+            f"PYTHON {HERE}/measure_memory.py 48 16",
         ),
+        (f"PYTHON {HERE}/measure_memory.py 32 8 encdec",),
     ),
     7: Promise(
         "A prediction has the geometry of its image.",
