@@ -28,13 +28,13 @@ inline absl::Status ReadGroupNormInputs(tensorflow::OpKernelContext* context, in
   }
   inputs->n = x.dim_size(0);
   inputs->channels = x.dim_size(x.dims() - 1);
-  inputs->voxels = 1;
-  for (int axis = 1; axis < x.dims() - 1; ++axis) inputs->voxels *= x.dim_size(axis);
   inputs->groups = groups;
   if (inputs->channels < 1 || groups < 1 || inputs->channels % groups != 0) {
     return absl::InvalidArgumentError(absl::StrCat("groups: value is ", groups, ", must divide ",
                                                    inputs->channels, ", the channels of x"));
   }
+  // Not the product of the sizes between, which may be too large where another one is 0.
+  inputs->voxels = inputs->n == 0 ? 0 : x.NumElements() / inputs->n / inputs->channels;
   const char* const names[] = {"gamma", "beta"};
   for (int i = 0; i < 2; ++i) {
     const tensorflow::Tensor& vector = context->input(first + 1 + i);

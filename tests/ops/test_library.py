@@ -19,6 +19,7 @@ def fresh(monkeypatch):
     """As in a process that has not loaded anything."""
     monkeypatch.setattr(library, "_loaded", None)
     monkeypatch.setattr(library, "_reason", None)
+    monkeypatch.setattr(library, "_idle_gpu", False)
     monkeypatch.delenv("TFMTSEG_NATIVE_OPS", raising=False)
 
 
@@ -165,13 +166,16 @@ def test_a_gpu_that_is_left_unused_is_told(cache, probe_sources, monkeypatch):
     monkeypatch.setattr(tf, "load_op_library", lambda path: path)
     path = fake(cache / "some.so")
     monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(path))
-    with pytest.warns(UserWarning, match="built without CUDA: the native ops run") as caught:
+    with pytest.warns(UserWarning, match="built without CUDA, and there is a GPU") as caught:
         library.load()
     assert [each.filename for each in caught] == [__file__]
     assert library.load() == str(path)  # once
+    assert library.choose() == "reference"
+    assert library.choose("native") == "native"
     monkeypatch.setattr(library, "_loaded", None)
     fake(path, architectures=(80,))
     library.load()
+    assert library.choose() == "native"
 
 
 def test_available_warns_once(cache, plain_sources, monkeypatch):

@@ -28,17 +28,20 @@ IMPLEMENTATIONS = ("auto", "native", "reference")
 _SETTING = "TFMTSEG_NATIVE_OPS"
 _lock = threading.RLock()
 _loaded: tuple[ModuleType, Record] | None = None
+_idle_gpu = False  # whether the loaded library has no kernels for a GPU that is here
 _reason: str | None = None  # why `available` is False, once asked
 _disabled = contextvars.ContextVar("disabled", default=False)
 
 
+# AutoGraph would convert all that is called here, and warn where it finds no source.
+@tf.autograph.experimental.do_not_convert
 def choose(implementation: str = "auto") -> str:
     """`"native"` or `"reference"`: what `implementation` comes to here.
 
     Args:
         implementation: `"native"` is the op of `cuda_ops/`, built on first use;
-            `"reference"` plain TensorFlow; `"auto"` native where it can be had, else
-            reference with one warning.
+            `"reference"` plain TensorFlow; `"auto"` native where it can be had, on the GPU
+            if there is one, else reference with one warning.
 
     Raises:
         ValueError: If the name is unknown.
@@ -98,7 +101,10 @@ def has_cuda() -> bool:
 
 
 def available() -> bool:
-    """Whether `load` works here. The first `False` in a process warns with the reason."""
+    """Whether `load` works here, and GPUs are not left idle.
+
+    The first `False` in a process warns with the reason.
+    """
     global _reason
     with _lock:
         if _reason is None:
@@ -108,14 +114,14 @@ def available() -> bool:
             except NativeOpsError as error:
                 _reason = str(error)
                 warnings.warn(f"Native ops are not used. {error}", stacklevel=2)
-        return not _reason
+        return not _reason and not _idle_gpu
 
 
 def _load() -> tuple[ModuleType, Record]:
     # Imported here, so that `python -m tfmtseg.ops.build` is the first to import it.
     from tfmtseg.ops import build
 
-    global _loaded
+    global _loaded, _idle_gpu
     with _lock:
         if _loaded is not None:
             return _loaded
@@ -131,10 +137,13 @@ def _load() -> tuple[ModuleType, Record]:
             raise NativeOpsError(
                 f"loading {path}", str(error), "remove this file and build the library anew"
             ) from error
-        if gpu and not record.architectures and any(build.source_dir().glob("*_cuda.cu")):
+        has_kernels = record.architectures or not any(build.source_dir().glob("*_cuda.cu"))
+        _idle_gpu = gpu and not has_kernels
+        if _idle_gpu:
             warnings.warn(
-                f"{path} was built without CUDA: the native ops run on the CPU although there is "
-                "a GPU. Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc.",
+                f"{path} was built without CUDA, and there is a GPU: plain TensorFlow takes the "
+                "place of the native ops, or they run on the CPU where they are asked for. "
+                "Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc.",
                 stacklevel=3,
             )
         _loaded = module, record
