@@ -4,8 +4,8 @@
 
 Each promise has commands: their exit status says whether it holds, and the last line they
 print is the figure. They run with each Python named (such as `default=.venv/bin/python`),
-side by side. What came out is kept in build/torture/NAME.json, so that `--only` can repeat
-some rows, or go on after a break; then `docs/reliability.md` is written from all of it.
+side by side. What came out is kept in docs/results/reliability/NAME.json, so that `--only`
+can repeat some rows, or go on after a break; `docs/reliability.md` is written from all of it.
 The exit status is 1 if a promise is broken or was not looked at.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 from tfmtseg.files import write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "build" / "torture"
+RESULTS = ROOT / "docs" / "results" / "reliability"
 REPORT = ROOT / "docs" / "reliability.md"
 HERE = "tests/reliability"
 PYTEST = "PYTHON -m pytest -p no:cacheprovider -q"
@@ -194,6 +194,7 @@ def look_at(numbers: list[int], name: str, python: str) -> None:
             "date": datetime.date.today().isoformat(),
             "revision": output("git", "describe", "--always", "--dirty"),
             "versions": output(python, "-c", DESCRIBE),
+            "machine": machine(),
         }
         write_json(file, rows)
         print(f"{number:2} {name}: {rows[str(number)]['figures']}", flush=True)
@@ -218,13 +219,14 @@ def report(results: dict[str, dict[str, Any]]) -> str:
     """The report, in Markdown."""
     verdicts = {True: "holds", False: "**broken**", None: "**not looked at**"}
     names = list(results)
+    machines = sorted({row["machine"] for rows in results.values() for row in rows.values()})
     lines = [
         "# Reliability: what is promised, and what a full run showed",
         "",
         "Written by `make torture`, which tries to break each promise in both environments; the "
         "tests run the same checks in short form. `make torture ONLY=3,4` repeats single rows.",
         "",
-        f"Machine: {machine()}.",
+        f"Machine: {'; '.join(machines)}.",
         "",
         f"|  | promise | {' | '.join(names)} |",
         "|---|---|" + "---|" * len(names),
@@ -257,8 +259,7 @@ def main() -> int:
     pythons = dict(item.split("=", 1) for item in arguments.pythons)
     with ThreadPoolExecutor(len(pythons)) as pool:
         list(pool.map(lambda item: look_at(numbers, *item), pythons.items()))
-    results = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    results = {name: results[name] for name in sorted(results, reverse=True)}
+    results = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     write_text(REPORT, report(results))
     broken = [
         f"{number} ({name})"
