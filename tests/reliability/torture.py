@@ -184,10 +184,10 @@ def run(command: str, python: str) -> tuple[bool, str]:
 def look_at(numbers: list[int], name: str, python: str) -> None:
     """Runs rows with one Python; keeps what came out of each at once."""
     file = RESULTS / f"{name}.json"
-    rows = json.loads(file.read_text()) if file.exists() else {}
     for number in numbers:
         start = time.perf_counter()
         answers = [run(command, python) for command in PROMISES[number].commands]
+        rows = json.loads(file.read_text()) if file.exists() else {}
         rows[str(number)] = {
             "holds": all(holds for holds, _ in answers),
             "figures": [figure for _, figure in answers],
