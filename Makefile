@@ -15,13 +15,17 @@ PYTEST := -m pytest -p no:cacheprovider
 # Fuzzed calls of `make sanitize`.
 CALLS := 20000
 
-.PHONY: help demo test test-addons lint format sanitize bazel clean
+# Promises of `make torture`, such as 3,4; without any: all.
+ONLY :=
+
+.PHONY: help demo test test-addons lint format sanitize torture bazel clean
 help:
 	@echo "make demo         train two methods on synthetic volumes and compare them (3 minutes)"
 	@echo "make test         run the tests with the newest TensorFlow"
 	@echo "make test-addons  the same with TensorFlow 2.15 and TensorFlow Addons"
 	@echo "make lint         check style and types"
 	@echo "make sanitize     fuzz the native ops under address and undefined-behaviour sanitizers"
+	@echo "make torture      try to break every promise of docs/reliability.md and write it (an hour)"
 
 # A stamp is newer than the settings it was installed from, or made again.
 $(VENV)/.installed: pyproject.toml setup.py
@@ -62,6 +66,10 @@ format: $(VENV)/.installed
 
 sanitize: $(VENV)/.installed
 	tests/ops/sanitize.sh $(VENV)/bin/python $(CALLS)
+
+torture: $(VENV)/.installed $(VENV_ADDONS)/.installed
+	$(VENV)/bin/python tests/reliability/torture.py --only=$(ONLY) \
+	default=$(VENV)/bin/python addons=$(VENV_ADDONS)/bin/python
 
 # For one test, which is skipped without it.
 bazel:

@@ -131,7 +131,7 @@ IN_PLACE = ("write_text", "write_bytes", "save", "savez", "savez_compressed", "s
 MAY_WRITE = {
     "tfmtseg/experiment/run.py": 2,
     "tfmtseg/ops/build.py": 3,
-    "tfmtseg/training/callbacks.py": 2,
+    "tfmtseg/training/callbacks.py": 3,
     "tools/benchmark_info_nce.py": 2,
     "tools/gpu_check.py": 1,
 }

@@ -10,16 +10,18 @@ from collections.abc import Callable
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 
 BAD_INPUT = 2  # exit status
+BAD_SYSTEM = 1
 
 
 def report_problems(action: Callable[[], int | None]) -> int:
-    """Runs `action`; problems with the input become lines on standard error.
+    """Runs `action`; problems with the input, and with disks, become lines on standard error.
 
     Args:
         action: Returns the exit status, or nothing for 0.
 
     Returns:
-        The exit status; 2 if the input cannot be used.
+        The exit status; 2 if the input cannot be used, 1 if a file cannot be written or read
+        for another reason, such as a full disk.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)  # TensorFlow tells of every checkpoint
     show = warnings.showwarning
@@ -37,3 +39,10 @@ def report_problems(action: Callable[[], int | None]) -> int:
         except (InputError, InputErrors) as error:
             print(error, file=sys.stderr)
             return BAD_INPUT
+        except OSError as error:
+            problem = InputError(
+                error.filename or "disk", "access", f"refused ({error.strerror or error})",
+                "possible", "look at the disk's space and permissions, then repeat the command",
+            )  # fmt: skip
+            print(problem, file=sys.stderr)
+            return BAD_SYSTEM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,8 +19,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The content is flushed to the disk before the move, and so is the folder's
     entry after it. On any exception the temporary file is removed and `path`
-    keeps what it had. The temporary name ends like `path`, so that writers that
-    choose a format by suffix (`.nii.gz`, `.npy`) work.
+    keeps what it had; an `OSError` (of a full disk, say) names `path`. The temporary
+    name ends like `path`, so that writers that choose a format by suffix (`.nii.gz`,
+    `.npy`) work.
 
     Args:
         path: The file to write. Its folder is created when missing.
@@ -37,6 +39,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
+    except OSError as error:
+        # Not all have a number: NumPy tells in words how much it could not write.
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

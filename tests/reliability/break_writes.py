@@ -12,7 +12,6 @@ write was under way; a part of a file is a failure.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import resource
@@ -21,11 +20,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from runs import copy, wait
 from tqdm import tqdm
 
 from tfmtseg.data.cache import build_cache
@@ -112,28 +112,17 @@ def make_targets(folder: Path, random: np.random.Generator) -> dict[str, Target]
     }
 
 
-@contextlib.contextmanager
-def child(action: Callable[[], int]) -> Iterator[int]:
-    """A copy of this process that does `action` and ends with its result."""
-    process = os.fork()
-    if process == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        os._exit(action())
-    yield process
-
-
 def kill_while_writing(target: Target, delay: float) -> None:
     def write_without_end() -> int:
         for count in itertools.count():
             target.write(count % 2)
         return 0
 
-    with child(write_without_end) as process:
+    with copy(write_without_end, os.devnull) as process:
         time.sleep(delay)
         os.kill(process, signal.SIGKILL)
-        _, status = os.waitpid(process, 0)
-    if not os.WIFSIGNALED(status):
+        status = wait(process)
+    if status != -signal.SIGKILL:
         raise AssertionError("the writing process failed by itself")
 
 
@@ -146,9 +135,9 @@ def write_on_a_full_disk(target: Target, size: int) -> None:
             return NO_SPACE
         return 0
 
-    with child(write) as process:
-        _, status = os.waitpid(process, 0)
-    if os.waitstatus_to_exitcode(status) != NO_SPACE:
+    with copy(write, os.devnull) as process:
+        status = wait(process)
+    if status != NO_SPACE:
         raise AssertionError("a write beyond the limit was not reported")
 
 
@@ -158,12 +147,13 @@ def main(rounds: int, seed: int = 0) -> None:
     tqdm.monitor_interval = 0  # no second thread in a process that is copied
     random = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
+        inside = {}
         for name, target in make_targets(Path(folder), random).items():
             seconds = target.learn()
-            inside = 0
+            inside[name] = 0
             for _ in range(rounds):
                 kill_while_writing(target, random.uniform(0, 4 * seconds))
-                inside += target.examine() > 0
+                inside[name] += target.examine() > 0
             largest = max(path.stat().st_size for path in target.folder.iterdir())
             for _ in range(rounds):
                 target.write(0)
@@ -172,11 +162,10 @@ def main(rounds: int, seed: int = 0) -> None:
                 if {path.name: path.read_bytes() for path in target.folder.iterdir()} != before:
                     raise AssertionError(f"{name}: a failed write left something behind")
                 target.examine()
-            print(
-                f"{name}: {rounds} kills ({inside} inside a write), 0 partial files; "
-                f"{rounds} full disks, 0 partial files",
-                flush=True,
-            )
+    if not any(inside.values()):
+        raise AssertionError("no kill fell into a write: this shows nothing")
+    counts = ", ".join(f"{name} ({count} inside a write)" for name, count in inside.items())
+    print(f"{rounds} kills and {rounds} full disks each, {counts}: 0 partial files")
 
 
 if __name__ == "__main__":

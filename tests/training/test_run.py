@@ -6,17 +6,13 @@ import csv
 import dataclasses
 import json
 import os
-import re
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.data.splits import Splits
@@ -25,7 +21,6 @@ from tfmtseg.inference.evaluate import evaluate
 from tfmtseg.inference.predict import predict_folder
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.training import run as run_module
-from tfmtseg.training.callbacks import Checkpoints
 from tfmtseg.training.checkpoint import load_model
 from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.run import load_run, train
@@ -188,149 +183,6 @@ def test_unfinished_and_missing_runs_are_told_apart(tmp_path):
     (tmp_path / "config.yaml").write_text("width: 8\n")
     with pytest.raises(InputError, match="training run is not finished"):
         load_run(tmp_path)
-
-
-def flags_of(config: TrainConfig) -> list[str]:
-    found = []
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value != field.default:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            found.append(f"--{field.name}={text}")
-    return found
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(opened, phantoms, tmp_path):
-    """kill -9 after the first checkpoint, then the same command: nothing is different."""
-    run, _ = opened
-    config = settings(phantoms, tmp_path / "run", cache_dir=str(run.directory / "cache"))
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), *flags_of(config)]
-    killer = (
-        "import os, signal, sys; sys.argv = sys.argv[1:]\n"
-        "from tfmtseg.training import callbacks\n"
-        "save = callbacks.Checkpoints.on_epoch_end\n"
-        "def stop(self, epoch, logs=None):\n"
-        "    save(self, epoch, logs)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "callbacks.Checkpoints.on_epoch_end = stop\n"
-        "from tfmtseg.tools import train\n"
-        "train.run()\n"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", killer, *command[1:]], capture_output=True, text=True, check=False
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
-    assert not (tmp_path / "run" / "result.json").exists()
-    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert "Going on after step 2" in resumed.stdout
-    for ours, theirs in zip(
-        load_run(tmp_path / "run").model.trainable_variables,
-        run.model.trainable_variables,
-        strict=True,
-    ):
-        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-
-
-class Stopped(Exception):
-    """Stands for whatever ends a process."""
-
-
-def train_with_a_break(monkeypatch, config: TrainConfig) -> None:
-    """Trains up to the first checkpoint, and then, in a new call, to the end."""
-    save = Checkpoints.on_epoch_end
-
-    def stop(self, epoch, logs=None):
-        save(self, epoch, logs)
-        raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "on_epoch_end", stop)
-        with pytest.raises(Stopped):
-            train(config)
-    train(config)
-
-
-def last_checkpoint(model_dir: str) -> dict[str, np.ndarray]:
-    reader = tf.train.load_checkpoint(str(Path(model_dir) / "checkpoints"))
-    names = [name for name in reader.get_variable_to_shape_map() if "save_counter" not in name]
-    return {name: reader.get_tensor(name) for name in names if not name.startswith("_")}
-
-
-def test_a_break_changes_neither_weights_nor_teacher(phantoms, tmp_path, monkeypatch):
-    """The second update, the first with a teacher, comes after the break."""
-    cache = str(tmp_path / "cache")
-    config = settings(
-        phantoms, tmp_path / "whole", method="bcp", num_development=0, train_steps=2,
-        steps_per_epoch=1, teacher_start=0.0, cache_dir=cache,
-    )  # fmt: skip
-    train(config)
-    broken = dataclasses.replace(config, model_dir=str(tmp_path / "broken"))
-    train_with_a_break(monkeypatch, broken)
-    whole, resumed = (last_checkpoint(c.model_dir) for c in (config, broken))
-    student = [name for name in whole if name.startswith("model/")]
-    model = load_run(config.model_dir).model
-    assert len(student) == len(model.trainable_weights) + len(model.teacher.weights)
-    assert whole.keys() == resumed.keys()
-    for name, values in whole.items():
-        np.testing.assert_array_equal(values, resumed[name])
-
-
-def test_a_run_that_is_asked_to_end_saves_and_goes_on(phantoms, tmp_path):
-    """SIGTERM in the second of three steps of an epoch."""
-    config = settings(
-        phantoms, tmp_path / "whole", method="encdec", train_steps=6, steps_per_epoch=3
-    )
-    train(config)
-    broken = dataclasses.replace(config, model_dir=str(tmp_path / "broken"))
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), *flags_of(broken)]
-    sender = (
-        "import os, signal, sys; sys.argv = sys.argv[1:]\n"
-        "from tfmtseg.training import callbacks\n"
-        "def send(self, batch, logs=None):\n"
-        "    if batch == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "callbacks.Progress.on_train_batch_end = send\n"
-        "from tfmtseg.tools import train\n"
-        "train.run()\n"
-    )
-    asked = subprocess.run(
-        [sys.executable, "-c", sender, *command[1:]], capture_output=True, text=True, check=False
-    )
-    assert asked.returncode == 143, asked.stderr[-2000:]
-    assert "saved after step 2" in asked.stdout
-    resumed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr[-2000:]
-    assert "Going on after step 2" in resumed.stdout
-    one, other = (last_checkpoint(c.model_dir) for c in (config, broken))
-    assert one.keys() == other.keys()
-    for name, values in one.items():
-        np.testing.assert_array_equal(values, other[name])
-    steps = [
-        line.split(",")[0] for line in (tmp_path / "broken" / "history.csv").read_text().split()
-    ]
-    assert steps == ["step", "3", "6"]
-
-
-def test_training_stops_where_a_loss_is_no_number(phantoms, tmp_path):
-    config = settings(
-        phantoms, tmp_path / "run", method="encdec", train_steps=10, learning_rate=1e30,
-        warmup_steps=0, steps_per_epoch=1,
-    )  # fmt: skip
-    with pytest.raises(InputError) as caught:
-        train(config)
-    message = str(caught.value)
-    found = re.fullmatch(
-        r"step (\d+): (seg_loss|loss|gradient) is (NaN|infinite)[\w ,]*, must be finite\. "
-        r"Fix: look at the batch's cases, (PHANTOM_\d+), (PHANTOM_\d+); .*",
-        message,
-    )
-    assert found, message
-    assert {found[4], found[5]} == set(Splits.read(tmp_path / "run" / "splits").labeled)
-    values = last_checkpoint(config.model_dir)
-    # The step that failed changed nothing and saved nothing.
-    assert [int(v) for name, v in values.items() if v.dtype == np.int64 and v.ndim == 0] in (
-        [int(found[1]) - 1],
-    )
 
 
 @pytest.fixture(scope="module")

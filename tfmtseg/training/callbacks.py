@@ -19,6 +19,7 @@ from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.files import write_text
 from tfmtseg.models.segmenter import Segmenter
+from tfmtseg.training.checkpoint import whole_or_not
 
 # Label colours of overlays; a region's colour is the same everywhere in a run.
 COLOURS = np.array(
@@ -231,9 +232,14 @@ class Checkpoints(keras.callbacks.Callback):
             self.state.restore(latest).assert_consumed()
         return int(compat.iterations(self.optimizer))
 
+    def save(self) -> None:
+        """Saves; if that fails, the last save remains, and no part of the new one."""
+        with whole_or_not(Path(self.manager.directory)):
+            self.manager.save()
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves."""
-        self.manager.save()
+        self.save()
 
 
 class Termination(keras.callbacks.Callback):
@@ -260,7 +266,7 @@ class Termination(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Ends the process with status 143, as shells call a death by SIGTERM."""
         if self.asked:
-            self.checkpoints.manager.save()
+            self.checkpoints.save()
             step = int(compat.iterations(self.checkpoints.optimizer))
             print(f"Asked to end: saved after step {step}. Repeat the command to go on.")
             sys.exit(128 + signal.SIGTERM)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tensorflow as tf
@@ -13,6 +16,26 @@ from tfmtseg import compat
 from tfmtseg.errors import InputError
 from tfmtseg.files import write_json
 from tfmtseg.models.segmenter import Segmenter
+
+
+@contextlib.contextmanager
+def whole_or_not(folder: Path) -> Iterator[None]:
+    """Within it, TensorFlow saves to `folder`, and leaves no part when it fails.
+
+    TensorFlow writes to a temporary folder and moves the files of a save when all are
+    written; what is left of a save that failed or was killed stays, as large as a whole one.
+
+    Raises:
+        OSError: If the files cannot be written, the disk being full, say.
+    """
+    try:
+        yield
+    except tf.errors.OpError as error:
+        reason = error.message.rsplit("; ", 1)[-1]
+        raise OSError(errno.EIO, reason, str(folder)) from None
+    finally:
+        for part in folder.glob("*_temp"):
+            shutil.rmtree(part)
 
 
 def write_model(
@@ -29,7 +52,9 @@ def write_model(
 
 def write_weights(directory: Path, model: Segmenter) -> None:
     """Writes the trainable weights to `weights/final`."""
-    _weights(model).write(str(directory / "weights" / "final"))
+    folder = directory / "weights"
+    with whole_or_not(folder):
+        _weights(model).write(str(folder / "final"))
 
 
 def load_model(

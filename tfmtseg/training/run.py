@@ -50,6 +50,7 @@ from tfmtseg.training.callbacks import (
 )
 from tfmtseg.training.checkpoint import initialize, load_model, write_model, write_weights
 from tfmtseg.training.config import TrainConfig, read_settings
+from tfmtseg.training.memory import training_memory_gb
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
 from tfmtseg.training.sizes import MAX_CROP, choose_crop, choose_cube, choose_strides
 
@@ -293,11 +294,12 @@ def _print_plan(config: TrainConfig, splits: Splits, model: Segmenter, first_ste
     if config.uses_unlabelled:
         kinds.append(f"{config.unlabeled_per_step} unlabelled")
     crop = " x ".join(map(str, config.crop))
-    parameters = sum(model.count_parameters().values()) / 1e6
+    parameters = sum(model.count_parameters().values())
     print(
-        f"{config.mode.capitalize()}ing {config.method}, {parameters:.2f} million parameters, "
-        f"{config.train_steps} steps of {' + '.join(kinds)} patches of {crop} voxels"
+        f"{config.mode.capitalize()}ing {config.method}, {parameters / 1e6:.2f} million "
+        f"parameters, {config.train_steps} steps of {' + '.join(kinds)} patches of {crop} voxels"
     )
+    print(f"Memory: at most about {training_memory_gb(config, parameters):.1f} GB")
     if first_step:
         print(f"Going on after step {first_step}")
     else:
@@ -349,8 +351,9 @@ def _fit(
         example = images, labels
     history = History(directory / "history.csv", config.steps_per_epoch, make_schedule(config))
     termination = Termination(checkpoints)
+    progress = Progress(config.train_steps)
     callbacks = [
-        Progress(config.train_steps),
+        progress,
         TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
         history,
         checkpoints,
@@ -379,7 +382,8 @@ def _fit(
             names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
             raise _not_finite(error, step, names) from None
         finally:
-            termination.on_train_end()  # `fit` leaves it out when it fails
+            for callback in (termination, progress):
+                callback.on_train_end()  # `fit` leaves it out when it fails
     return history.seconds
 
 

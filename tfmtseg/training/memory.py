@@ -1,0 +1,30 @@
+"""How much memory a training takes, told before it starts."""
+
+from __future__ import annotations
+
+import math
+
+from tfmtseg.training.config import TrainConfig
+
+START_GB = 0.8  # TensorFlow, this package, graphs, and patches on their way
+# Arrays of the size and width of the first level's features, for each patch of a step, that
+# wait for the gradient or are at work. All levels and branches are counted in.
+LIVE_FEATURES = 38
+WEIGHT_COPIES = 5  # weights, gradients, two moments, average
+
+
+def training_memory_gb(config: TrainConfig, parameters: int) -> float:
+    """The most memory that a training is to take on a CPU, in 10^9 bytes.
+
+    A rule, made from measurements so that it is kept, not that it is sharp: see
+    `docs/reliability.md` for what trainings took of it.
+
+    Args:
+        config: Settings with a known crop.
+        parameters: Trainable weights, those of the branch included.
+    """
+    patches = config.uses_unlabelled * config.unlabeled_per_step
+    if config.mode == "train":
+        patches += config.labeled_per_step
+    features = LIVE_FEATURES * patches * math.prod(config.crop) * config.width
+    return START_GB + 4 * (features + WEIGHT_COPIES * parameters) / 1e9
