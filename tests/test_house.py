@@ -16,12 +16,13 @@ SOURCES = sorted(
 )
 
 # What each part of the package may import from the others, besides the modules that
-# know nothing of any part: errors, files, regions, version and compat.
-BASE = {"errors", "files", "regions", "version", "compat"}
+# know nothing of any part: errors, files, memory, regions, version and compat.
+BASE = {"errors", "files", "memory", "regions", "version", "compat"}
 ALLOWED = {
     "version": set(),
     "errors": set(),
     "files": set(),
+    "memory": set(),
     "regions": {"errors"},
     "compat": set(),
     "ops": BASE,
