@@ -7,10 +7,11 @@ Keras 3 style with `tf.*` inside `call`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -49,6 +50,17 @@ def versions() -> dict[str, str]:
 def tensorflow_build() -> tuple[str, str]:
     """Version and git version of TensorFlow: together they tell builds apart."""
     return tf.__version__, tf.version.GIT_VERSION
+
+
+@contextlib.contextmanager
+def dtype_scope(policy: Any) -> Iterator[None]:
+    """Layers made inside have this dtype policy unless they are given another."""
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
 
 
 def float32_weight(layer: keras.layers.Layer, **kwargs: Any) -> Any:
