@@ -22,11 +22,9 @@
 #include <cstddef>
 #include <cstdint>
 
-struct CUstream_st;  // cudaStream_t is CUstream_st*
+#include "cuda_types.h"
 
 namespace tfmtseg {
-
-enum class DataType { kFloat32, kFloat16, kBFloat16 };
 
 // How the matrix products are computed; everything else is float32 always.
 //   kScalar      float32 multiply-add; any d, any device.

@@ -1,14 +1,12 @@
 // InfoNCE as TensorFlow OpKernels on GPU: validate, allocate, queue info_nce_cuda on TensorFlow's
 // stream. Comparing by label has no kernel here; TensorFlow places such an op on the CPU.
 
-#include <type_traits>
-
 #include "absl/strings/str_cat.h"
 #include "info_nce_cuda.h"
 #include "info_nce_op_inputs.h"
+#include "op_kernel_gpu.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
-#include "xla/stream_executor/stream.h"
 
 namespace tensorflow {
 namespace {
@@ -29,9 +27,7 @@ class InfoNceGpuOp : public OpKernel {
     tfmtseg::InfoNceInputs inputs;
     OP_REQUIRES_OK(context, reader_.Read(context, &inputs));
     tfmtseg::InfoNceArguments arguments = {};
-    arguments.type = std::is_same_v<T, float>         ? tfmtseg::DataType::kFloat32
-                     : std::is_same_v<T, Eigen::half> ? tfmtseg::DataType::kFloat16
-                                                      : tfmtseg::DataType::kBFloat16;
+    arguments.type = tfmtseg::kDataTypeOf<T>;
     arguments.queries = context->input(0).data();
     arguments.keys = context->input(1).data();
     arguments.positives = inputs.positives;
@@ -44,23 +40,18 @@ class InfoNceGpuOp : public OpKernel {
     arguments.temperature = inputs.temperature;
     arguments.engine = tfmtseg::Engine::kAuto;
 
-    const auto temporary = [context](int64_t bytes, Tensor* tensor, void** data) {
-      TF_RETURN_IF_ERROR(context->allocate_temp(DT_INT8, TensorShape({bytes}), tensor));
-      *data = tensor->data();
-      return absl::OkStatus();
-    };
     const size_t size = tfmtseg::InfoNceWorkspaceSize(arguments, gradients);
     Tensor workspace, statistics;
     void *work = nullptr, *rows = nullptr;
-    OP_REQUIRES_OK(context, temporary(size, &workspace, &work));
-    OP_REQUIRES_OK(context, temporary(2 * sizeof(float) * inputs.n, &statistics, &rows));
+    OP_REQUIRES_OK(context, tfmtseg::Temporary(context, size, &workspace, &work));
+    OP_REQUIRES_OK(context, tfmtseg::Temporary(context, 2 * sizeof(float) * inputs.n, &statistics,
+                                               &rows));
     float* log_sum_exp = static_cast<float*>(rows);
     float* positive_similarity = log_sum_exp + inputs.n;
 
     Tensor* losses = nullptr;
     OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({inputs.n}), &losses));
-    CUstream_st* stream = static_cast<CUstream_st*>(
-        context->op_device_context()->stream()->platform_specific_handle().stream);
+    CUstream_st* stream = tfmtseg::StreamOf(context);
     if constexpr (gradients) {
       Tensor *by_queries = nullptr, *by_keys = nullptr, *by_temperature = nullptr;
       OP_REQUIRES_OK(context,

@@ -1,4 +1,4 @@
-"""Checks and times the CUDA kernels of InfoNCE on a GPU machine, without TensorFlow.
+"""Checks and times the CUDA kernels of the ops on a GPU machine, without TensorFlow.
 
     python tools/gpu_check.py --output gpu_check.md
 
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 
 SOURCES = Path(__file__).resolve().parents[1] / "cuda_ops"
-MODULE = "tfmtseg_info_nce_cuda"
+MODULE = "tfmtseg_cuda"
 
 # ||error|| / ||reference|| against float64 on the rows as given.
 TOLERANCES = {
@@ -50,9 +50,21 @@ SHAPES = [(1, 1, 3), (63, 65, 17), (64, 64, 64), (100, 200, 123), (192, 192, 256
 SHAPES_EMULATED = [(1, 1, 3), (63, 65, 17), (100, 200, 123)]
 SEEDS = (0, 1, 2)
 
+# GroupNorm + ReLU: volumes, voxels, channels and groups; tolerances as above.
+GROUP_NORM_TOLERANCES = {"float32": 1e-5, "float16": 5e-3, "bfloat16": 5e-3}
+VOLUMES = [(1, 1, 1, 1), (2, 700, 7, 7), (2, 5000, 24, 8), (1, 90, 300, 4), (1, 64**3, 32, 8)]
+VOLUMES_EMULATED = VOLUMES[:-1]
+VOLUMES_TIMED = [
+    (1, 64**3, 32, 8),
+    (4, 40 * 56 * 40, 16, 8),
+    (2, 128**3, 32, 8),
+    (2, 16**3, 256, 8),
+]
+
 SIZES = (192, 1024, 4096, 16384, 65536)
 FEATURES = 256
 TEMPERATURE = 0.07
+EPSILON = 1e-5
 
 
 def build(folder: Path, emulate: bool) -> Path:
@@ -61,7 +73,7 @@ def build(folder: Path, emulate: bool) -> Path:
 
     path = folder / f"{MODULE}{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}", f"-I{SOURCES}"]
-    sources = [SOURCES / "info_nce_cuda.cu", SOURCES / "info_nce_pybind.cc"]
+    sources = [*sorted(SOURCES.glob("*_cuda.cu")), SOURCES / "cuda_pybind.cc"]
     if emulate:
         command = ["g++", "-O2", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"]
         command += ["-Wno-unknown-pragmas", "-fvisibility=hidden", "-DTFMTSEG_CUDA_EMULATION"]
@@ -251,6 +263,156 @@ def compare(
         table.append(f"| {engine} | {dtype} | {worst:.1e} | {tolerance:.0e} | {where} |")
         print(table[-1], flush=True)
     return table, complaints
+
+
+def group_norm_problem(
+    n: int, voxels: int, channels: int, groups: int, dtype: str, seed: int
+) -> dict[str, Any]:
+    """Volumes whose channels have means of their own."""
+    random = np.random.default_rng(seed)
+    x = random.normal(0.5, 1.5, (n, voxels, channels)) + random.normal(size=channels)
+    return {
+        "x": encode(x, dtype),
+        "gamma": random.normal(1, 0.5, channels).astype(np.float32),
+        "beta": random.normal(size=channels).astype(np.float32),
+        "upstream": encode(random.normal(size=x.shape), dtype),
+        "groups": groups,
+    }
+
+
+def group_norm_oracle(problem: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Results and gradients in float64."""
+    x, upstream, groups = decode(problem["x"]), decode(problem["upstream"]), problem["groups"]
+    n, _, channels = x.shape
+    grouped = x.reshape(n, -1, groups, channels // groups)
+    mean = grouped.mean((1, 3), keepdims=True)
+    rstd = 1 / np.sqrt(grouped.var((1, 3), keepdims=True) + np.float32(EPSILON))
+    normal = (grouped - mean) * rstd
+    gamma = problem["gamma"].astype(np.float64).reshape(groups, -1)
+    before_relu = normal * gamma + problem["beta"].reshape(groups, -1)
+    d = np.where(before_relu > 0, upstream.reshape(grouped.shape), 0)
+    means = [(values * gamma).mean((1, 3), keepdims=True) for values in (d, d * normal)]
+    return {
+        "y": np.maximum(before_relu, 0).reshape(x.shape),
+        "mean": mean.ravel(),
+        "rstd": rstd.ravel(),
+        "grad_x": (rstd * (d * gamma - means[0] - normal * means[1])).reshape(x.shape),
+        "grad_gamma": (d * normal).sum((0, 1)).ravel(),
+        "grad_beta": d.sum((0, 1)).ravel(),
+    }
+
+
+def compute_group_norm(
+    cuda: ModuleType, memory: Any, problem: dict[str, Any], dtype: str
+) -> dict[str, np.ndarray]:
+    """What the kernels say, in outputs that were full of NaN."""
+    n, voxels, channels = problem["x"].shape
+    groups = problem["groups"]
+    arrays = {name: memory.put(problem[name]) for name in ("x", "gamma", "beta", "upstream")}
+    address = {name: memory.address(array) for name, array in arrays.items()}
+    upstream = address.pop("upstream")
+    call = cuda.GroupNorm(
+        dtype=dtype, n=n, voxels=voxels, channels=channels, groups=groups, **address
+    )
+    volumes = encode(np.full(problem["x"].shape, np.nan), dtype)
+    sizes = {"mean": n * groups, "rstd": n * groups, "grad_gamma": channels, "grad_beta": channels}
+    outputs = {name: memory.put(np.full(size, np.nan, np.float32)) for name, size in sizes.items()}
+    outputs |= {name: memory.put(volumes) for name in ("y", "grad_x")}
+    workspace = memory.put(np.full(call.workspace_size(), 0xFF, np.uint8))
+
+    def of(*names: str) -> dict[str, int]:
+        return {name: memory.address(outputs[name]) for name in names}
+
+    scratch = memory.address(workspace)
+    call.forward(epsilon=EPSILON, workspace=scratch, **of("y", "mean", "rstd"))
+    gradients = of("mean", "rstd", "grad_x", "grad_gamma", "grad_beta")
+    call.backward(upstream=upstream, workspace=scratch, **gradients)
+    return {name: memory.get(array) for name, array in outputs.items()}
+
+
+def compare_group_norm(
+    cuda: ModuleType, memory: Any, volumes: list[tuple[int, int, int, int]], seeds: tuple[int, ...]
+) -> tuple[list[str], list[str]]:
+    """As `compare`, for GroupNorm + ReLU."""
+    table, complaints = [], []
+    for dtype, tolerance in GROUP_NORM_TOLERANCES.items():
+        worst, where = 0.0, ""
+        for shape in volumes:
+            for seed in seeds:
+                problem = group_norm_problem(*shape, dtype, seed)
+                first, again = (compute_group_norm(cuda, memory, problem, dtype) for _ in range(2))
+                for output, right in group_norm_oracle(problem).items():
+                    name = f"group_norm {dtype} {shape} seed {seed} {output}"
+                    if first[output].tobytes() != again[output].tobytes():
+                        complaints.append(f"{name}: other bits the second time")
+                    # Of one number all gradients of x are 0, and what is left is rounding.
+                    scale = max(np.linalg.norm(right), 1e-2)
+                    error = np.linalg.norm(decode(first[output]).ravel() - right.ravel()) / scale
+                    if not error <= tolerance:
+                        complaints.append(f"{name}: error {error:.2e}")
+                    if not error <= worst:
+                        worst, where = error, f"{output}, {shape}"
+        table.append(f"| group_norm | {dtype} | {worst:.1e} | {tolerance:.0e} | {where} |")
+        print(table[-1], flush=True)
+    return table, complaints
+
+
+def time_group_norm(cuda: ModuleType, deadline: float) -> list[str]:
+    """Table rows: milliseconds of forward and backward together, ours and PyTorch's."""
+    import torch
+
+    table = []
+    for n, voxels, channels, groups in VOLUMES_TIMED:
+        for dtype in ("float32", "bfloat16"):
+            if time.monotonic() > deadline:
+                break
+            x = torch.randn(n, voxels, channels, device="cuda").to(getattr(torch, dtype))
+            upstream, y = torch.randn_like(x), torch.empty_like(x)
+            gamma, beta = (torch.ones(channels, device="cuda") for _ in range(2))
+            mean, rstd = (torch.empty(n, groups, device="cuda") for _ in range(2))
+            grad_gamma, grad_beta = torch.empty_like(gamma), torch.empty_like(beta)
+            call = cuda.GroupNorm(
+                dtype=dtype, n=n, voxels=voxels, channels=channels, groups=groups,
+                x=x.data_ptr(), gamma=gamma.data_ptr(), beta=beta.data_ptr(),
+            )  # fmt: skip
+            memory = torch.empty(call.workspace_size(), dtype=torch.uint8, device="cuda")
+            shared = {
+                "mean": mean.data_ptr(), "rstd": rstd.data_ptr(), "workspace": memory.data_ptr(),
+                "stream": torch.cuda.current_stream().cuda_stream,
+            }  # fmt: skip
+
+            def fused(call=call, y=y, upstream=upstream, shared=shared, of_gamma=grad_gamma,
+                      of_beta=grad_beta) -> None:  # fmt: skip
+                call.forward(epsilon=EPSILON, y=y.data_ptr(), **shared)
+                call.backward(
+                    upstream=upstream.data_ptr(), grad_x=y.data_ptr(),
+                    grad_gamma=of_gamma.data_ptr(), grad_beta=of_beta.data_ptr(), **shared,
+                )  # fmt: skip
+
+            # PyTorch's layout: channels first.
+            values = [x.transpose(1, 2).contiguous(), gamma.to(x.dtype), beta.to(x.dtype)]
+            values = [value.clone().requires_grad_() for value in values]
+            above = upstream.transpose(1, 2).contiguous()
+
+            def eager(values=values, above=above, groups=groups) -> None:
+                normal = torch.nn.functional.group_norm(values[0], groups, *values[1:], EPSILON)
+                torch.autograd.grad(torch.relu(normal), values, above)
+
+            cells = []
+            for run in (fused, eager):
+                run()
+                times = []
+                for _ in range(20):
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    run()
+                    end.record()
+                    end.synchronize()
+                    times.append(begin.elapsed_time(end))
+                cells.append(f"{statistics.median(times):.3f}")
+            table.append(f"| {n} x {voxels} x {channels} | {dtype} | {' | '.join(cells)} |")
+            print(table[-1], flush=True)
+    return table
 
 
 def sanitize(folder: Path, seconds: float) -> list[str]:
@@ -473,18 +635,27 @@ def report(
     complaints: list[str],
     sanitizer: list[str],
     timing: list[str],
+    group_norm_timing: list[str],
 ) -> str:
     facts = ", ".join([*(f"{key} {value}" for key, value in device.items()), *versions()])
-    lines = ["# InfoNCE on a GPU", "", facts, "", "## Accuracy", ""]
+    lines = ["# The ops on a GPU", "", facts, "", "## Accuracy", ""]
     lines += [f"||error|| / ||reference|| against float64, worst of {len(SEEDS)} seeds.", ""]
     lines += ["| engine | type | error | allowed | where |", "|---|---|---|---|---|", *accuracy]
     if complaints or sanitizer:
         lines += ["", *(f"* {line}" for line in [*complaints, *sanitizer])]
     if timing:
-        lines += ["", "## Time of loss and gradients", ""]
+        lines += ["", "## Time of InfoNCE and its gradients", ""]
         lines += [f"N = M, D = {FEATURES}. Median milliseconds (peak MiB beyond the inputs)."]
         lines += ["", "| N | type | " + " | ".join(COLUMNS) + " |"]
         lines += ["|---" * (len(COLUMNS) + 2) + "|", *timing]
+    if group_norm_timing:
+        lines += ["", "## Time of GroupNorm + ReLU and its gradients", ""]
+        lines += [
+            "Median milliseconds.",
+            "",
+            "| volumes x voxels x channels | type | fused | torch |",
+        ]
+        lines += ["|---|---|---|---|", *group_norm_timing]
     return "\n".join(lines) + "\n"
 
 
@@ -500,7 +671,8 @@ def main(argv: list[str] | None = None) -> int:
     if flags.sanitized_module_folder:
         cuda = load(flags.sanitized_module_folder / MODULE)
         _, complaints = compare(cuda, DeviceMemory(), SHAPES_EMULATED, SEEDS[:1])
-        return int(bool(complaints))
+        _, more = compare_group_norm(cuda, DeviceMemory(), VOLUMES_EMULATED, SEEDS[:1])
+        return int(bool(complaints + more))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -512,12 +684,16 @@ def main(argv: list[str] | None = None) -> int:
         memory = HostMemory() if flags.emulate else DeviceMemory()
         shapes = SHAPES_EMULATED if flags.emulate else SHAPES
         accuracy, complaints = compare(cuda, memory, shapes, SEEDS)
+        volumes = VOLUMES_EMULATED if flags.emulate else VOLUMES
+        rows, more = compare_group_norm(cuda, memory, volumes, SEEDS)
+        accuracy, complaints = accuracy + rows, complaints + more
         sanitizer: list[str] = []
         timing: list[str] = []
+        group_norm_timing: list[str] = []
 
         def save() -> str:
             # Again and again: what has been measured survives if time runs out.
-            text = report(device, accuracy, complaints, sanitizer, timing)
+            text = report(device, accuracy, complaints, sanitizer, timing, group_norm_timing)
             if flags.output:
                 flags.output.write_text(text, "utf-8")
             return text
@@ -526,6 +702,7 @@ def main(argv: list[str] | None = None) -> int:
         if not flags.emulate:
             sanitizer += sanitize(folder, 150.0)
             save()
+            group_norm_timing += time_group_norm(cuda, deadline)
             time_all(cuda, deadline, timing, save)
         print(save())
     return int(bool(complaints))

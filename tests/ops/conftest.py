@@ -1,7 +1,11 @@
-"""A native op library to test the builder and the loader with."""
+"""What the tests of builder, loader and CUDA kernels share."""
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,3 +56,34 @@ def compiler_log(tmp_path, monkeypatch) -> Path:
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     return log
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(tmp_path_factory) -> ctypes.CDLL:
+    """The CUDA kernels of all ops, compiled for the CPU, as C functions (cuda_c_api.cc)."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++ to compile the CUDA kernels for the CPU; there is none")
+    here = Path(__file__).resolve().parent
+    sources = here.parents[1] / "cuda_ops"
+    path = tmp_path_factory.mktemp("cuda") / "emulated.so"
+    subprocess.run(
+        [
+            *("g++", "-O2", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"),
+            *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
+            *("-DTFMTSEG_CUDA_EMULATION", f"-I{sources}", "-x", "c++"),
+            *(*sorted(sources.glob("*_cuda.cu")), here / "cuda_c_api.cc", "-o", path),
+        ],
+        check=True,
+    )
+    library = ctypes.CDLL(str(path))
+    library.workspace_size.restype = ctypes.c_size_t
+    library.group_norm_workspace_size.restype = ctypes.c_size_t
+    library.error_string.restype = ctypes.c_char_p
+    return library
+
+
+@pytest.fixture
+def cuda_library(emulated_kernels) -> Iterator[ctypes.CDLL]:
+    """The same, on the usual device whatever a test chooses."""
+    yield emulated_kernels
+    emulated_kernels.emulation_settings(8, False, 264)

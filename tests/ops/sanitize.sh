@@ -27,4 +27,4 @@ for name in libasan.so libubsan.so libstdc++.so.6; do
   libraries="$libraries:$(g++ -print-file-name=$name)"
 done
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1
-LD_PRELOAD=${libraries#:} "$1" "$here/fuzz_info_nce.py" "$2"
+LD_PRELOAD=${libraries#:} "$1" "$here/fuzz_ops.py" "$2"

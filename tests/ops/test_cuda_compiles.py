@@ -16,8 +16,9 @@ NVCC = shutil.which("nvcc")
 ARCHITECTURES = (75, 80, 86, 89, 90)
 
 # Registers per thread that let the blocks a kernel was planned for be on one multiprocessor,
-# of 65536 registers: two of 128 threads, two of 256 threads, eight of 128 threads.
-REGISTERS = {"TensorCoreSweepKernel": 255, "ScalarSweepKernel": 128}
+# of 65536 registers: two of 128 threads, two of 256 threads, four of 128, and of others eight of
+# 128 or four of 256.
+REGISTERS = {"TensorCoreSweepKernel": 255, "ScalarSweepKernel": 128, "GroupGradientsKernel": 128}
 REGISTERS_OF_OTHERS = 64
 SPILLED_BYTES = 0
 
@@ -25,24 +26,28 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory) -> tuple[Path, str]:
-    """The object file for all architectures, and what the assembler said."""
+def compiled(tmp_path_factory) -> tuple[list[Path], str]:
+    """The object files for all architectures, and what the assembler said."""
     if NVCC is None:
         pytest.skip("needs nvcc (CUDA toolkit) on PATH; there is none")
-    path = tmp_path_factory.mktemp("nvcc") / "info_nce_cuda.o"
+    folder = tmp_path_factory.mktemp("nvcc")
     codes = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in ARCHITECTURES]
-    run = subprocess.run(
-        [
-            *(NVCC, "-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v"),
-            *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", *codes),
-            *("-c", SOURCES / "info_nce_cuda.cu", "-o", path),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    return path, run.stderr
+    objects, log = [], ""
+    for source in sorted(SOURCES.glob("*_cuda.cu")):
+        objects.append(folder / f"{source.stem}.o")
+        run = subprocess.run(
+            [
+                *(NVCC, "-O3", "-std=c++17", "-Werror", "all-warnings", "-Xptxas", "-v"),
+                *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall", *codes),
+                *("-c", source, "-o", objects[-1]),
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        log += run.stderr
+    return objects, log
 
 
 def resources(log: str) -> dict[tuple[str, int], tuple[int, int]]:
@@ -68,6 +73,7 @@ def test_kernels_fit_into_the_registers(compiled):
         kernels = [kernel for kernel, of in found if of == code]
         assert sum("TensorCoreSweepKernel" in kernel for kernel in kernels) == 9
         assert sum("ScalarSweepKernel" in kernel for kernel in kernels) == 4
+        assert sum("ChunkGradientsKernel" in kernel for kernel in kernels) == 3
     too_much = {}
     for (kernel, code), (registers, spilled) in found.items():
         allowed = next(
@@ -93,18 +99,18 @@ ptxas info    : Used 4 registers, used 0 barriers
 
 def test_python_module_imports_without_a_gpu(compiled, tmp_path):
     pybind11 = pytest.importorskip("pybind11", reason="needs pybind11, which is not installed")
-    name = f"tfmtseg_info_nce_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    name = f"tfmtseg_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run(
         [
             *(NVCC, "-O0", "-std=c++17", "-shared", "-cudart", "static"),
             *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
             *(f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"),
-            *(SOURCES / "info_nce_pybind.cc", compiled[0], "-o", tmp_path / name),
+            *(SOURCES / "cuda_pybind.cc", *compiled[0], "-o", tmp_path / name),
         ],
         check=True,
     )
     program = """
-import tfmtseg_info_nce_cuda as cuda
+import tfmtseg_cuda as cuda
 try:
     print(cuda.device()["name"])
 except RuntimeError as error:
@@ -144,6 +150,20 @@ for wrong, kind, message in [
     try:
         cuda.InfoNce(**(arguments | {"positives": positives} | wrong))
     except kind as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(message)
+
+volumes = dict(dtype="float32", n=2, voxels=5, channels=6, groups=3, x=16, gamma=16, beta=16)
+assert cuda.GroupNorm(**volumes).workspace_size() > 0
+assert cuda.GroupNorm(**(volumes | {"groups": 4})).workspace_size() == 0
+for wrong, message in [
+    ({"x": None}, "x: is missing"),
+    ({"gamma": Array("<f4", (5,))}, "gamma: has 5 elements, must have 6"),
+]:
+    try:
+        cuda.GroupNorm(**(volumes | wrong))
+    except ValueError as error:
         assert message in str(error), error
     else:
         raise AssertionError(message)

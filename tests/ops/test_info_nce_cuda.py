@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-HERE = Path(__file__).resolve().parent
-SOURCES = HERE.parents[1] / "cuda_ops"
-GXX = shutil.which("g++")
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 AUTO, SCALAR, TENSOR_CORE, SPLIT = 0, 1, 2, 3
@@ -65,36 +58,14 @@ class Arguments(ctypes.Structure):
     ]
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory) -> ctypes.CDLL:
-    if GXX is None:
-        pytest.skip("needs g++ to compile the CUDA kernels for the CPU; there is none")
-    path = tmp_path_factory.mktemp("cuda") / "emulated.so"
-    subprocess.run(
-        [
-            *(GXX, "-O2", "-std=c++17", "-fPIC", "-shared", "-U_FORTIFY_SOURCE"),
-            *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-            *("-DTFMTSEG_CUDA_EMULATION", f"-I{SOURCES}", "-x", "c++"),
-            *(SOURCES / "info_nce_cuda.cu", HERE / "info_nce_cuda_c_api.cc", "-o", path),
-        ],
-        check=True,
-    )
-    library = ctypes.CDLL(str(path))
-    library.workspace_size.restype = ctypes.c_size_t
-    library.error_string.restype = ctypes.c_char_p
-    return library
+@pytest.fixture
+def library(cuda_library) -> ctypes.CDLL:
+    return cuda_library
 
 
 def device(library, *, major=8, reversed_order=False, blocks=264) -> None:
     """The emulated device; with 1 block wanted, a block does its whole row of tiles."""
     library.emulation_settings(major, reversed_order, blocks)
-
-
-@pytest.fixture(autouse=True)
-def usual_device(request):
-    yield
-    if "library" in request.fixturenames:
-        device(request.getfixturevalue("library"))
 
 
 def pointer(array: np.ndarray | None) -> ctypes.c_void_p:

@@ -39,9 +39,8 @@ from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import write_json, write_text
 from tfmtseg.memory import peak_memory_gb
 from tfmtseg.models.blocks import Factors
-from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import Segmenter
-from tfmtseg.ops.info_nce import choose
+from tfmtseg.ops import library
 from tfmtseg.regions import Regions
 from tfmtseg.training.callbacks import (
     Checkpoints,
@@ -115,7 +114,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     num_labeled, num_unlabeled = len(splits.labeled), len(splits.unlabeled)
     if config.mode == "pretrain":
         num_labeled, num_unlabeled = 0, num_labeled + num_unlabeled
-    contrastive = METHODS[config.method].branch == "contrastive"
     result = {
         "method": config.method,
         "mode": config.mode,
@@ -130,7 +128,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "precision": config.precision,
         "parameters": model.count_parameters(),
         **compat.versions(),
-        "info_nce_implementation": choose() if contrastive else None,
+        "ops_implementation": library.choose(),
         "history_file": "history.csv",
     }
     write_json(result_file, result)

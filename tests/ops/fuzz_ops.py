@@ -1,6 +1,6 @@
-"""Calls the native InfoNCE ops with random, mostly unreasonable inputs.
+"""Calls the native ops with random, mostly unreasonable inputs.
 
-    python tests/ops/fuzz_info_nce.py CALLS [SEED]
+    python tests/ops/fuzz_ops.py CALLS [SEED]
 
 Prints how many calls were answered and how many refused. Anything but an answer of the
 right shape or an InvalidArgumentError is a failure; a crash speaks for itself.
@@ -36,7 +36,7 @@ def integers(random: np.random.Generator, size: int, below: int) -> np.ndarray:
     return values.astype(np.int32)
 
 
-def call(module, random: np.random.Generator) -> str:
+def info_nce(module, random: np.random.Generator) -> str:
     n, m, d = (int(random.choice(SIZES)) for _ in range(3))
     by_label, has_ids, has_mask = (bool(x) for x in random.uniform(size=3) < 0.4)
     dtype = TYPES[random.integers(3)]
@@ -74,12 +74,59 @@ def call(module, random: np.random.Generator) -> str:
     return "answered"
 
 
+def group_norm(module, random: np.random.Generator) -> str:
+    dtype = TYPES[random.integers(3)]
+    groups, per_group = (int(random.choice([1, 2, 3, 8])) for _ in range(2))
+    channels = groups * per_group
+    volumes = int(random.choice([0, 1, 3]))
+    # Less than a row, some rows, more than a block.
+    shape = (volumes, *random.choice([0, 1, 2, 3, 7, 23], size=random.integers(4)), channels)
+    inputs = {
+        "x": floats(random, shape),
+        "gamma": floats(random, channels),
+        "beta": floats(random, channels),
+    }
+    gradients = random.uniform() < 0.6
+    if gradients:
+        inputs["upstream"] = floats(random, shape)
+        inputs["mean"] = floats(random, (volumes, groups))
+        inputs["rstd"] = floats(random, (volumes, groups))
+    if random.uniform() < 0.3:  # spoil one input
+        name = list(inputs)[random.integers(len(inputs))]
+        inputs[name] = np.zeros(
+            tuple(random.choice([0, 1, 2, 3], size=random.integers(5))), np.float32
+        )
+    for name in {"x", "upstream"} & set(inputs):
+        inputs[name] = tf.cast(inputs[name], dtype)
+    try:
+        if gradients:
+            result = module.tfmtseg_group_norm_relu_gradients(**inputs)
+        else:
+            asked = int(random.choice([groups, groups, groups, 1, 5, 2**31]))
+            epsilon = float(random.choice([1e-5, 0.0, np.inf]))
+            result = module.tfmtseg_group_norm_relu(**inputs, groups=asked, epsilon=epsilon)
+            groups = asked
+    except tf.errors.InvalidArgumentError:
+        return "refused"
+    x = inputs["x"].shape
+    shapes = [tuple(value.shape) for value in result]
+    expected = [x, x[-1:], x[-1:]] if gradients else [x, (x[0], groups), (x[0], groups)]
+    assert shapes == [tuple(shape) for shape in expected], (shapes, inputs)
+    return "answered"
+
+
+OPS = (info_nce, group_norm)
+
+
 def main() -> None:
     calls = int(sys.argv[1])
     random = np.random.default_rng(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
     module = library.load()
-    counts = Counter(call(module, random) for _ in range(calls))
-    print(f"{calls} calls: {counts['answered']} answered, {counts['refused']} refused")
+    counts = Counter(
+        (OPS[i % len(OPS)].__name__, OPS[i % len(OPS)](module, random)) for i in range(calls)
+    )
+    for (op, outcome), count in sorted(counts.items()):
+        print(f"{op}: {count} calls {outcome}")
 
 
 if __name__ == "__main__":

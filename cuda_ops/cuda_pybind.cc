@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "group_norm_cuda.h"
 #include "info_nce_cuda.h"
 
 namespace py = pybind11;
@@ -22,7 +23,8 @@ namespace {
 
 void Check(int error) {
   if (error == 0) return;
-  throw std::runtime_error(std::string("CUDA: ") + tfmtseg::InfoNceErrorString(error) +
+  throw std::runtime_error(std::string("CUDA: ") +
+                           cudaGetErrorString(static_cast<cudaError_t>(error)) +
                            " (error " + std::to_string(error) + ")");
 }
 
@@ -114,6 +116,17 @@ tfmtseg::Engine EngineOf(const std::string& name) {
   throw py::value_error("engine: is " + name + ", must be auto, scalar, tensor_core or split");
 }
 
+CUstream_st* Stream(uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
+
+void* Workspace(const py::object& object, size_t size) {
+  const Array array = Read(object, "workspace");
+  if (array.described &&
+      array.size() * std::stoll(array.type.substr(2)) < static_cast<int64_t>(size)) {
+    throw py::value_error("workspace: must have " + std::to_string(size) + " bytes");
+  }
+  return array.data;
+}
+
 // One problem: sizes, options and inputs. Outputs are given to its methods.
 class InfoNce {
  public:
@@ -180,8 +193,6 @@ class InfoNce {
   }
 
  private:
-  static CUstream_st* Stream(uintptr_t stream) { return reinterpret_cast<CUstream_st*>(stream); }
-
   float* Row(const py::object& object, const char* name) const {
     return Get<float>(object, name, "f4", arguments_.n);
   }
@@ -190,18 +201,65 @@ class InfoNce {
     return Get<void>(object, name, rows_type_, count * arguments_.d, true);
   }
 
-  static void* Workspace(const py::object& object, size_t size) {
-    const Array array = Read(object, "workspace");
-    if (array.described &&
-        array.size() * std::stoll(array.type.substr(2)) < static_cast<int64_t>(size)) {
-      throw py::value_error("workspace: must have " + std::to_string(size) + " bytes");
-    }
-    return array.data;
-  }
-
   py::tuple inputs_;
   tfmtseg::InfoNceArguments arguments_ = {};
   std::string rows_type_;
+};
+
+// A batch of volumes: sizes and inputs. Outputs are given to its methods.
+class GroupNorm {
+ public:
+  GroupNorm(const std::string& dtype, int64_t n, int64_t voxels, int64_t channels, int64_t groups,
+            const py::object& x, const py::object& gamma, const py::object& beta)
+      // Alive as long as their addresses are in use.
+      : inputs_(py::make_tuple(x, gamma, beta)) {
+    arguments_.type = TypeOf(dtype);
+    arguments_.n = n;
+    arguments_.voxels = voxels;
+    arguments_.channels = channels;
+    arguments_.groups = groups;
+    volumes_type_ = TypeString(arguments_.type);
+    arguments_.x = Volumes(x, "x");
+    arguments_.gamma = Get<float>(gamma, "gamma", "f4", channels);
+    arguments_.beta = Get<float>(beta, "beta", "f4", channels);
+  }
+
+  size_t WorkspaceSize() const { return tfmtseg::GroupNormWorkspaceSize(arguments_); }
+
+  void Forward(float epsilon, const py::object& y, const py::object& mean, const py::object& rstd,
+               const py::object& workspace, uintptr_t stream) const {
+    const size_t size = WorkspaceSize();
+    Check(tfmtseg::GroupNormReluForward(Stream(stream), arguments_, epsilon, Volumes(y, "y"),
+                                        Statistics(mean, "mean"), Statistics(rstd, "rstd"),
+                                        Workspace(workspace, size), size));
+  }
+
+  void Backward(const py::object& upstream, const py::object& mean, const py::object& rstd,
+                const py::object& grad_x, const py::object& grad_gamma,
+                const py::object& grad_beta, const py::object& workspace,
+                uintptr_t stream) const {
+    const size_t size = WorkspaceSize();
+    const int64_t channels = arguments_.channels;
+    Check(tfmtseg::GroupNormReluBackward(
+        Stream(stream), arguments_, Volumes(upstream, "upstream"), Statistics(mean, "mean"),
+        Statistics(rstd, "rstd"), Volumes(grad_x, "grad_x"),
+        Get<float>(grad_gamma, "grad_gamma", "f4", channels),
+        Get<float>(grad_beta, "grad_beta", "f4", channels), Workspace(workspace, size), size));
+  }
+
+ private:
+  void* Volumes(const py::object& object, const char* name) const {
+    return Get<void>(object, name, volumes_type_,
+                     arguments_.n * arguments_.voxels * arguments_.channels);
+  }
+
+  float* Statistics(const py::object& object, const char* name) const {
+    return Get<float>(object, name, "f4", arguments_.n * arguments_.groups);
+  }
+
+  py::tuple inputs_;
+  tfmtseg::GroupNormArguments arguments_ = {};
+  std::string volumes_type_;
 };
 
 py::dict Device() {
@@ -229,8 +287,8 @@ py::dict Device() {
 
 }  // namespace
 
-PYBIND11_MODULE(tfmtseg_info_nce_cuda, module) {
-  module.doc() = "Fused InfoNCE on CUDA without TensorFlow; see info_nce_cuda.h.";
+PYBIND11_MODULE(tfmtseg_cuda, module) {
+  module.doc() = "The ops on CUDA without TensorFlow; see info_nce_cuda.h and group_norm_cuda.h.";
   module.def("device", &Device, "What the current device is. RuntimeError if there is none.");
   py::class_<InfoNce>(module, "InfoNce")
       .def(py::init<const std::string&, int64_t, int64_t, int64_t, float, const std::string&,
@@ -250,6 +308,17 @@ PYBIND11_MODULE(tfmtseg_info_nce_cuda, module) {
       .def("forward_backward", &InfoNce::ForwardBackward, py::kw_only(), py::arg("row_weights"),
            py::arg("loss"), py::arg("grad_queries"), py::arg("grad_keys"),
            py::arg("grad_temperature"), py::arg("workspace"), py::arg("stream") = 0);
+  py::class_<GroupNorm>(module, "GroupNorm")
+      .def(py::init<const std::string&, int64_t, int64_t, int64_t, int64_t, const py::object&,
+                    const py::object&, const py::object&>(),
+           py::kw_only(), py::arg("dtype"), py::arg("n"), py::arg("voxels"), py::arg("channels"),
+           py::arg("groups"), py::arg("x"), py::arg("gamma"), py::arg("beta"))
+      .def("workspace_size", &GroupNorm::WorkspaceSize)
+      .def("forward", &GroupNorm::Forward, py::kw_only(), py::arg("epsilon"), py::arg("y"),
+           py::arg("mean"), py::arg("rstd"), py::arg("workspace"), py::arg("stream") = 0)
+      .def("backward", &GroupNorm::Backward, py::kw_only(), py::arg("upstream"), py::arg("mean"),
+           py::arg("rstd"), py::arg("grad_x"), py::arg("grad_gamma"), py::arg("grad_beta"),
+           py::arg("workspace"), py::arg("stream") = 0);
   module.def(
       "normalize_rows",
       [](const std::string& dtype, int64_t n, int64_t d, float epsilon, const py::object& rows,

@@ -1,7 +1,9 @@
 // The launchers of the emulated library as C functions, for ctypes.
 #include "cuda_emulation.h"
+#include "group_norm_cuda.h"
 #include "info_nce_cuda.h"
 
+using tfmtseg::GroupNormArguments;
 using tfmtseg::InfoNceArguments;
 
 extern "C" {
@@ -68,5 +70,22 @@ int normalize_rows_backward(int type, const void* rows, const float* inverse_nor
 }
 
 const char* error_string(int error) { return tfmtseg::InfoNceErrorString(error); }
+
+size_t group_norm_workspace_size(const GroupNormArguments* arguments) {
+  return tfmtseg::GroupNormWorkspaceSize(*arguments);
+}
+
+int group_norm_forward(const GroupNormArguments* arguments, float epsilon, void* y, float* mean,
+                       float* rstd, void* workspace, size_t workspace_size) {
+  return tfmtseg::GroupNormReluForward(nullptr, *arguments, epsilon, y, mean, rstd, workspace,
+                                       workspace_size);
+}
+
+int group_norm_backward(const GroupNormArguments* arguments, const void* upstream,
+                        const float* mean, const float* rstd, void* grad_x, float* grad_gamma,
+                        float* grad_beta, void* workspace, size_t workspace_size) {
+  return tfmtseg::GroupNormReluBackward(nullptr, *arguments, upstream, mean, rstd, grad_x,
+                                        grad_gamma, grad_beta, workspace, workspace_size);
+}
 
 }  // extern "C"
