@@ -41,7 +41,6 @@ def prepare_tfmtseg(folder: Path, precision: str):
     import tensorflow as tf
 
     from tfmtseg.compat import keras
-    from tfmtseg.inference.predict import CALL_VOXELS
     from tfmtseg.inference.sliding_window import sliding_window_logits
 
     imported = memory_mib("VmRSS")
@@ -67,7 +66,7 @@ def prepare_tfmtseg(folder: Path, precision: str):
             image,
             window,
             background=(np.inf,) * MODALITIES,
-            batch_size=max(1, CALL_VOXELS // np.prod(window)),
+            batch_size=1,
         )
         np.save(folder / "tfmtseg.npy", logits)
 

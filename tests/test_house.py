@@ -132,7 +132,6 @@ MAY_WRITE = {
     "tfmtseg/experiment/run.py": 2,
     "tfmtseg/ops/build.py": 3,
     "tfmtseg/training/callbacks.py": 2,
-    "tools/benchmark_info_nce.py": 2,
     "tools/gpu_check.py": 1,
 }
 

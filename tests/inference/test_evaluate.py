@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfmtseg.data.cases import read_data_folder
 from tfmtseg.data.nifti import read_geometry
@@ -259,10 +260,11 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     window_gb = side**3 * 4 * 51 / 1e9
     monkeypatch.setattr(predict_module, "CALL_VOXELS", 5 * side**3)
     monkeypatch.setattr(predict_module, "resident_memory_gb", lambda: 0.5)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["one"])
     geometry = read_geometry(data / "imagesTr/half.nii.gz")
     # The image is padded to a window: 1 modality, 2 outputs and the weights.
     image_gb = np.prod(geometry.ras_shape) * 18 / 1e9
-    one = 0.5 + image_gb + window_gb + side**3 * 4 * 4 / 1e9
+    one = 0.5 + image_gb + 0.4 + window_gb + side**3 * 4 * 4 / 1e9
 
     def windows(limit: float) -> int:
         return predict_module.windows_per_call(run, {"half": geometry}, limit)
@@ -274,3 +276,5 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     assert windows(one + 9 * window_gb) == 5
     monkeypatch.setattr(predict_module, "available_memory_gb", lambda: one + window_gb - 0.4)
     assert windows(0.0) == 2
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    assert windows(one + 9 * window_gb) == 1

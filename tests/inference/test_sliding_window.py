@@ -195,9 +195,7 @@ def test_against_float64(batch_size):
         part = tuple(slice(a, a + n) for a, n in zip(start, window, strict=True))
         logits = network(volume[None].astype(np.float64)[(0, *part)][None])[0]
         for place in np.ndindex(*window):
-            distances = [
-                (i - (n - 1) / 2) / (n / 8) for i, n in zip(place, window, strict=True)
-            ]
+            distances = [(i - (n - 1) / 2) / (n / 8) for i, n in zip(place, window, strict=True)]
             weight = max(np.exp(-0.5 * np.square(distances).sum()), 1e-3)
             voxel = tuple(a + i for a, i in zip(start, place, strict=True))
             sums[voxel] += weight * logits[place]

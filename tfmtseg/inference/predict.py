@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 from tqdm import tqdm
 
 from tfmtseg.data.cases import Case, read_data_folder
@@ -18,10 +19,10 @@ from tfmtseg.inference.sliding_window import host_bytes, sliding_window_logits
 from tfmtseg.memory import GB, available_memory_gb, resident_memory_gb
 from tfmtseg.training.run import Run, load_run
 
-# Voxels of one call of the network: as many small windows as these hold go together.
 CALL_VOXELS = 96**3
-# What a call takes at its peak, in arrays of the size of the first level's features.
-LIVE_FEATURES = 6
+# What a call takes at its peak: in arrays of the size of the first level's features, and
+# for graph and threads whatever its size (measured: 4.1 to 5.7, and 0.1 to 0.4 GB).
+LIVE_FEATURES, CALL_GB = 6, 0.4
 # Of a voxel of an image: as read (float32), normalised in float64, kept as int16, float32.
 VOLUME_BYTES = 4 + 8 + 2 + 4
 
@@ -36,8 +37,8 @@ def predict_folder(
 ) -> list[Path]:
     """Segments every image of a folder.
 
-    All headers are checked before the first prediction, and the memory it will take. Each label map appears
-    at once and whole; one that is there already is replaced.
+    All headers are checked before the first prediction, and the memory it will take.
+    Each label map appears at once and whole; one that is there already is replaced.
 
     Args:
         model_dir: Folder of a finished training run.
@@ -110,7 +111,8 @@ def windows_per_call(
 ) -> int:
     """How many windows the network gets at a time, so that every case fits into memory.
 
-    Small windows go together, which spares overhead; from `CALL_VOXELS` on it does not.
+    One on CPUs, where several together take as long as one after the other; on GPUs as
+    many as have `CALL_VOXELS` together.
 
     Args:
         run: A trained run.
@@ -129,7 +131,8 @@ def windows_per_call(
         """Of one image with one window: as read and normalised, the sums, the network."""
         shape = geometries[path].ras_shape
         volume = VOLUME_BYTES * channels * math.prod(shape)
-        return present + (volume + host_bytes(shape, window, channels, outputs)) / GB + window_gb
+        sums = host_bytes(shape, window, channels, outputs)
+        return present + (volume + sums) / GB + CALL_GB + window_gb
 
     voxels = math.prod(window)
     window_gb = 4 * voxels * (LIVE_FEATURES * run.config.width + channels + outputs) / GB
@@ -142,8 +145,8 @@ def windows_per_call(
             f"allow {math.ceil(needed)} GB, resample the image to larger voxels, or train with a "
             "smaller --crop",
         )  # fmt: skip
-    fitting = 1 + int(min((limit - needed) / window_gb, CALL_VOXELS))
-    return max(1, min(fitting, CALL_VOXELS // voxels))
+    wanted = CALL_VOXELS // voxels if tf.config.list_physical_devices("GPU") else 1
+    return max(1, min(wanted, 1 + int(min((limit - needed) / window_gb, CALL_VOXELS))))
 
 
 def check_headers(cases: Iterable[Case]) -> dict[str, Geometry]:
