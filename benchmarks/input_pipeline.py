@@ -15,8 +15,8 @@ from pathlib import Path
 from absl import app, flags
 from interleave import Worker, machine, measure, ratio, seconds, serve
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each.", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 8, "Steps of a call.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 4, "Timed calls of each.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", 6, "Steps of a call.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "", "A Markdown file for the table.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the script itself.")
 _SETTING = flags.DEFINE_string("setting", "", "Used by the script itself.")

@@ -18,7 +18,7 @@ from interleave import TUNED, Worker, machine, measure, memory_mib, ratio, secon
 _MONAI_PYTHON = flags.DEFINE_string("monai_python", sys.executable, "Python that has MONAI.")
 _SHAPES = flags.DEFINE_list("shapes", ["i", "ii", "iii"], "Which of the shapes.")
 _PRECISIONS = flags.DEFINE_list("precisions", ["float32", "mixed_bfloat16"], "Which of both.")
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Timed steps of each.", lower_bound=1)
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed steps of each.", lower_bound=1)
 _OUTPUT = flags.DEFINE_string("output", "", "A Markdown file for the table.")
 _WORKER = flags.DEFINE_string("worker", "", "Used by the script itself.")
 
