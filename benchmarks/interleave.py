@@ -35,8 +35,9 @@ def memory_mib(field: str) -> float:
 def serve(prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]]]) -> None:
     """The side of the worker: makes a call for each line on standard input.
 
-    The first answer holds the facts; each further one the call's `seconds` and the
-    `peak_mib` of the process so far.
+    The first answer holds the facts; each further one the call's `seconds`, the
+    `cpu_seconds` of all threads (which tell more where others use the machine too), and
+    the `peak_mib` of the process so far.
 
     Args:
         prepare: Imports what is measured; returns the call, which ends when its work
@@ -47,10 +48,14 @@ def serve(prepare: Callable[[], tuple[Callable[[], object], dict[str, Any]]]) ->
     call, facts = prepare()
     print(json.dumps(facts), file=answers)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         call()
-        seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "peak_mib": memory_mib("VmHWM")}), file=answers)
+        answer = {
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu_start,
+            "peak_mib": memory_mib("VmHWM"),
+        }
+        print(json.dumps(answer), file=answers)
 
 
 class Worker:
@@ -118,9 +123,9 @@ def measure(
     return results
 
 
-def seconds(results: Sequence[Mapping[str, float]]) -> float:
-    """The median."""
-    return statistics.median(result["seconds"] for result in results)
+def seconds(results: Sequence[Mapping[str, float]], field: str = "seconds") -> float:
+    """The median, of `"seconds"` or `"cpu_seconds"`."""
+    return statistics.median(result[field] for result in results)
 
 
 def ratio(one: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float]]) -> float:
@@ -130,8 +135,12 @@ def ratio(one: Sequence[Mapping[str, float]], other: Sequence[Mapping[str, float
 
 
 def machine() -> str:
-    """Processor, cores and Python."""
+    """Processor, cores, Python, and how many processes wanted to run in the last minute."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
     cores = len(os.sched_getaffinity(0))
-    return f"{processor}, {cores} cores, Python {platform.python_version()}"
+    load = os.getloadavg()[0]
+    return (
+        f"{processor}, {cores} cores, Python {platform.python_version()}; load when it began: "
+        f"{load:.1f}"
+    )

@@ -102,6 +102,8 @@ def compare(shape: str, precision: str) -> str:
         f"| ({shape}) {method}, width {width}, {' x '.join(map(str, size))}, {ours / 1e6:.2f} M "
         f"| {precision.removeprefix('mixed_')} | {seconds(results['tfmtseg']):.3f} s "
         f"| {seconds(results['monai']):.3f} s | {faster:.2f} x "
+        f"| {seconds(results['tfmtseg'], 'cpu_seconds'):.2f} s "
+        f"| {seconds(results['monai'], 'cpu_seconds'):.2f} s "
         f"| {peaks['tfmtseg']:.0f} ({imported:.0f}) | {peaks['monai']:.0f} |"
     )
 
@@ -113,9 +115,9 @@ def main(_: list[str]) -> None:
         serve(lambda: prepare(_SHAPES.value[0], _PRECISIONS.value[0]))
         return
     lines = [
-        "| shape, parameters | precision | tfmtseg | MONAI | faster "
-        "| tfmtseg's peak memory, MiB (its import) | MONAI's |",
-        "|---|---|---|---|---|---|---|",
+        "| shape, parameters | precision | tfmtseg | MONAI | faster | processor time of tfmtseg "
+        "| of MONAI | tfmtseg's peak memory, MiB (its import) | MONAI's |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join([machine(), *lines]), flush=True)
     for precision in _PRECISIONS.value:
