@@ -10,6 +10,7 @@ PYTHON_ADDONS ?= $(call find_python,(3,10),(3,11))
 
 VENV := .venv
 VENV_ADDONS := .venv-addons
+VENV_BENCH := .venv-bench
 PIP_FLAGS := --quiet --disable-pip-version-check
 PYTEST := -m pytest -p no:cacheprovider
 # Fuzzed calls of `make sanitize`.
@@ -18,12 +19,13 @@ CALLS := 20000
 # Promises of `make torture`, such as 3,4; without any: all.
 ONLY :=
 
-.PHONY: help demo test test-addons lint format sanitize torture bazel clean
+.PHONY: help demo test test-addons lint format bench sanitize torture bazel clean
 help:
 	@echo "make demo         train two methods on synthetic volumes and compare them (3 minutes)"
 	@echo "make test         run the tests with the newest TensorFlow"
 	@echo "make test-addons  the same with TensorFlow 2.15 and TensorFlow Addons"
 	@echo "make lint         check style and types"
+	@echo "make bench        measure speed and memory beside MONAI (12 minutes, nothing else running)"
 	@echo "make sanitize     fuzz the native ops under address and undefined-behaviour sanitizers"
 	@echo "make torture      try to break every promise of docs/reliability.md and write it (an hour)"
 
@@ -64,6 +66,16 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+$(VENV_BENCH)/.installed: benchmarks/requirements.txt
+	@test -n "$(PYTHON)" || { echo "PYTHON: none found, must be 3.10 to 3.13. Fix: install one, or make PYTHON=/path/to/python3"; exit 2; }
+	@echo "Setting up $(VENV_BENCH) (once; downloads PyTorch and MONAI)"
+	@$(PYTHON) -m venv $(VENV_BENCH)
+	@$(VENV_BENCH)/bin/python -m pip install $(PIP_FLAGS) -r benchmarks/requirements.txt
+	@touch $@
+
+bench: $(VENV)/.installed $(VENV_BENCH)/.installed
+	$(VENV)/bin/python benchmarks/run_all.py --monai_python=$(VENV_BENCH)/bin/python
+
 sanitize: $(VENV)/.installed
 	tests/ops/sanitize.sh $(VENV)/bin/python $(CALLS)
 
@@ -78,4 +90,4 @@ bazel:
 	|| echo "bazel: not found, and apt-get cannot install it here; its test will be skipped"
 
 clean:
-	rm -rf $(VENV) $(VENV_ADDONS) build dist *.egg-info demo_run bazel-*
+	rm -rf $(VENV) $(VENV_ADDONS) $(VENV_BENCH) build dist *.egg-info demo_run bazel-*

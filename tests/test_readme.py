@@ -29,7 +29,7 @@ def test_every_flag_and_tool_it_names_exists():
     from tfmtseg.training.config import TrainConfig
 
     known = set(TrainConfig.__dataclass_fields__) | {
-        "config_file", "helpfull", "images_dir", "output_dir", "parallel", "plan",
+        "config_file", "helpfull", "images_dir", "max_memory_gb", "output_dir", "parallel", "plan",
     }  # fmt: skip
     assert set(re.findall(r"--([a-z_]+)", README)) <= known
     for tool in re.findall(r"tools/([a-z_]+\.py)", README):

@@ -7,10 +7,11 @@ Keras 3 style with `tf.*` inside `call`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -55,6 +56,17 @@ def tensorflow_fits_keras() -> bool:
     """Whether TensorFlow and Keras are of the same generation, as tests have them."""
     before_keras_3 = tuple(map(int, tf.__version__.split(".")[:2])) < (2, 16)
     return before_keras_3 != KERAS_3
+
+
+@contextlib.contextmanager
+def dtype_scope(policy: Any) -> Iterator[None]:
+    """Layers made inside have this dtype policy unless they are given another."""
+    before = keras.mixed_precision.global_policy()
+    keras.mixed_precision.set_global_policy(policy)
+    try:
+        yield
+    finally:
+        keras.mixed_precision.set_global_policy(before)
 
 
 def float32_weight(layer: keras.layers.Layer, **kwargs: Any) -> Any:

@@ -13,11 +13,18 @@ _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the label maps
 _ALLOW_ROOT = flags.DEFINE_string(
     "allow_root", None, "Another folder that links in the folder of images may lead into."
 )
+_MAX_MEMORY_GB = flags.DEFINE_float(
+    "max_memory_gb", 0.0, "What the process may take, in GB; 0: what is free.", lower_bound=0.0
+)
 
 
 def _predict() -> None:
     written = predict_folder(
-        _MODEL_DIR.value, _IMAGES_DIR.value, _OUTPUT_DIR.value, allow_root=_ALLOW_ROOT.value
+        _MODEL_DIR.value,
+        _IMAGES_DIR.value,
+        _OUTPUT_DIR.value,
+        allow_root=_ALLOW_ROOT.value,
+        max_memory_gb=_MAX_MEMORY_GB.value,
     )
     print(f"Wrote {len(written)} label maps to {_OUTPUT_DIR.value}")
 

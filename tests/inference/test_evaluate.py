@@ -10,8 +10,10 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.nifti import read_geometry
 from tfmtseg.data.preprocess import Normalized
 from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError, InputErrors
@@ -73,7 +75,7 @@ def make_run(data, tmp_path, monkeypatch):
         folder = read_data_folder(data)
         return SimpleNamespace(
             directory=Path(model_dir),
-            config=SimpleNamespace(method="encdec", crop=(8, 8, 8), overlap=0.5),
+            config=SimpleNamespace(method="encdec", crop=(8, 8, 8), overlap=0.5, width=8),
             modalities=folder.modalities,
             folder=folder,
             regions=folder.regions,
@@ -240,3 +242,39 @@ def test_predict_lists_bad_headers_before_the_first_prediction(make_run, data, t
     with pytest.raises(InputErrors, match="2 problems"):
         predict_folder(make_run(), data / "imagesTr", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_refused_before_the_first_prediction(make_run, data, tmp_path):
+    with pytest.raises(InputError, match=r"exact.nii.gz: memory .*--max_memory_gb.* Fix: allow"):
+        evaluate(make_run(), max_memory_gb=1e-3)
+    with pytest.raises(InputError, match="memory to segment it"):
+        predict_folder(make_run("other"), data, tmp_path / "out", max_memory_gb=1e-3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_windows_per_call_by_hand(make_run, data, monkeypatch):
+    """Arrays of 1 GB for the network: 6 of 8 features, 1 modality and 2 outputs, float32."""
+    run = predict_module.load_run(make_run())
+    side = 8 * round((1e9 / 4 / (6 * 8 + 1 + 2)) ** (1 / 3) / 8)
+    run.config.crop = (side,) * 3
+    window_gb = side**3 * 4 * 51 / 1e9
+    monkeypatch.setattr(predict_module, "CALL_VOXELS", 5 * side**3)
+    monkeypatch.setattr(predict_module, "resident_memory_gb", lambda: 0.5)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["one"])
+    geometry = read_geometry(data / "imagesTr/half.nii.gz")
+    # The image is padded to a window: 1 modality, 2 outputs and the weights.
+    image_gb = np.prod(geometry.ras_shape) * 18 / 1e9
+    one = 0.5 + image_gb + 0.4 + window_gb + side**3 * 4 * 4 / 1e9
+
+    def windows(limit: float) -> int:
+        return predict_module.windows_per_call(run, {"half": geometry}, limit)
+
+    with pytest.raises(InputError, match="half: memory"):
+        windows(one - 1e-6)
+    assert windows(one + 1e-6) == 1
+    assert windows(one + 2 * window_gb + 1e-6) == 3
+    assert windows(one + 9 * window_gb) == 5
+    monkeypatch.setattr(predict_module, "available_memory_gb", lambda: one + window_gb - 0.4)
+    assert windows(0.0) == 2
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    assert windows(one + 9 * window_gb) == 1

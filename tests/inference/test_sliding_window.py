@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -46,7 +48,9 @@ def test_gaussian_window(window):
     assert weights.shape == window
     assert weights.dtype == np.float32
     assert weights.min() >= 0.001 * (1 - 1e-6)
-    assert weights.max() == 1
+    # The middle of an even size lies half a voxel, 4 / size standard deviations, off.
+    peak = np.prod([1 if size % 2 else np.exp(-8 / size**2) for size in window])
+    assert weights.max() == pytest.approx(peak, rel=1e-6)
     for axis in range(3):
         np.testing.assert_array_equal(weights, np.flip(weights, axis))
 
@@ -150,3 +154,54 @@ def test_the_volume_is_left_alone():
     before = volume.copy()
     sliding_window_logits(np.copy, volume, WINDOW, background=(0, 0))
     np.testing.assert_array_equal(volume, before)
+
+
+def test_windows_of_background_are_predicted_once():
+    """A volume of 4 * 4 * 4 windows with something in one corner, seen by 2 * 2 * 2 of them."""
+    window, background = (4, 4, 4), np.array((-2.0, 3.0), np.float32)
+    volume = np.broadcast_to(background, (10, 10, 10, 2)).copy()
+    volume[2, 2, 2] = 9
+    seen = []
+
+    def windows(batch: np.ndarray) -> np.ndarray:
+        seen.extend(batch)
+        total = batch.sum((1, 2, 3), keepdims=True)  # looks at the whole window
+        return np.broadcast_to(total, batch.shape) + batch
+
+    logits = sliding_window_logits(windows, volume, window, background=background)
+    assert len(seen) == 8 + 1
+    seen.clear()
+    plain = sliding_window_logits(windows, volume, window, background=(0, 0))
+    assert len(seen) == 64
+    # The order of up to 8 sums differs: a few roundings of values near 300.
+    np.testing.assert_allclose(logits, plain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_against_float64(batch_size):
+    """Written out voxel by voxel: every window's logits, weighted and averaged in float64."""
+    window, shape, overlap = (4, 6, 3), (9, 7, 5), 0.5
+    volume = random_volume(shape)
+    mixing = np.random.default_rng(1).normal(size=(2, 3))
+
+    def network(batch: np.ndarray) -> np.ndarray:
+        ramp = np.arange(window[0])[:, None, None, None]  # depends on the place in the window
+        return np.tanh((batch + ramp) @ mixing.astype(batch.dtype)).astype(batch.dtype)
+
+    # Steps of 2, 3 and 1; the last window ends with the volume.
+    starts = [[0, 2, 4, 5], [0, 1], [0, 1, 2]]
+    sums, weights = np.zeros((*shape, 3)), np.zeros((*shape, 1))
+    for start in itertools.product(*starts):
+        part = tuple(slice(a, a + n) for a, n in zip(start, window, strict=True))
+        logits = network(volume[None].astype(np.float64)[(0, *part)][None])[0]
+        for place in np.ndindex(*window):
+            distances = [(i - (n - 1) / 2) / (n / 8) for i, n in zip(place, window, strict=True)]
+            weight = max(np.exp(-0.5 * np.square(distances).sum()), 1e-3)
+            voxel = tuple(a + i for a, i in zip(start, place, strict=True))
+            sums[voxel] += weight * logits[place]
+            weights[voxel] += weight
+    result = sliding_window_logits(
+        network, volume, window, background=(0, 0), overlap=overlap, batch_size=batch_size
+    )
+    # tanh of sums up to 30 in float32: some 1e-6.
+    np.testing.assert_allclose(result, sums / weights, atol=1e-5)

@@ -101,6 +101,8 @@ def test_run_folder(opened):
     run, _ = opened
     result = json.loads((run.directory / "result.json").read_text())
     assert result["method"] == "sscpcseg"
+    assert result["precision"] == "float32"  # chosen on a CPU
+    assert result["peak_memory_gb"] > 0.1
     assert result["num_labeled"] == 2
     assert result["num_unlabeled"] == 3
     with (run.directory / "history.csv").open() as file:

@@ -29,40 +29,46 @@ from tfmtseg.data.cases import Case
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, read_label, write_label_map
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import write_json, write_text
-from tfmtseg.inference.predict import check_headers, predict_case
+from tfmtseg.inference.predict import check_headers, predict_case, windows_per_call
 from tfmtseg.inference.report import CaseVolumes, RunReport, write_report
 from tfmtseg.inference.shape_prior import ShapePrior
 from tfmtseg.metrics.scores import CaseScores, score_case, summarize
 from tfmtseg.training.run import Run, load_run
 
 
-def evaluate(model_dir: str | os.PathLike[str], split: str = "test") -> dict[str, Any]:
+def evaluate(
+    model_dir: str | os.PathLike[str], split: str = "test", max_memory_gb: float = 0.0
+) -> dict[str, Any]:
     """Segments and scores every case of a split; see the module for what is written.
 
-    All headers are checked before the first prediction.
+    All headers are checked before the first prediction, and the memory it will take.
 
     Args:
         model_dir: Folder of a finished training run.
         split: `"test"` or `"development"`.
+        max_memory_gb: See `windows_per_call`.
 
     Returns:
         The content of `summary.json`.
 
     Raises:
-        InputError: If the split is empty or a file cannot be used.
+        InputError: If the split is empty, a file cannot be used, or the memory is too
+            little.
         InputErrors: With every case that is missing or has a bad header.
     """
     run = load_run(model_dir)
     cases = cases_of(run, split)
     labelled = cases_of(run, "labeled")
-    check_headers([*cases, *labelled])
+    geometries = check_headers([*cases, *labelled])
+    images = {str(case.images[0]): geometries[str(case.images[0])] for case in cases}
+    batch_size = windows_per_call(run, images, max_memory_gb)
     directory = _directory(run, split)
     prior = _fit_shape_prior(run, labelled)
     start = time.perf_counter()
     scores: list[CaseScores] = []
     prior_scores: list[CaseScores] = []
     for case in tqdm(cases, desc=f"Evaluating ({split})", unit="case"):
-        label_map, geometry = predict_case(run, case)
+        label_map, geometry = predict_case(run, case, batch_size)
         write_label_map(_prediction_path(run, split, case), label_map, geometry)
         truth, spacing_mm = _read_truth(run, case, geometry), geometry.spacing_mm
         guess = prior.predict(truth.shape, spacing_mm)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import tensorflow as tf
 from tqdm import tqdm
 
 from tfmtseg.data.cases import Case, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_label_map
 from tfmtseg.data.preprocess import Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors
-from tfmtseg.inference.sliding_window import sliding_window_logits
+from tfmtseg.inference.sliding_window import host_bytes, sliding_window_logits
+from tfmtseg.memory import GB, available_memory_gb, resident_memory_gb
 from tfmtseg.training.run import Run, load_run
+
+CALL_VOXELS = 96**3
+# What a call takes at its peak: in arrays of the size of the first level's features, and
+# for graph and threads whatever its size (measured: 4.1 to 5.7, and 0.1 to 0.4 GB).
+LIVE_FEATURES, CALL_GB = 6, 0.4
+# Of a voxel of an image: as read (float32), normalised in float64, kept as int16, float32.
+VOLUME_BYTES = 4 + 8 + 2 + 4
 
 
 def predict_folder(
@@ -23,17 +33,19 @@ def predict_folder(
     output_dir: str | os.PathLike[str],
     *,
     allow_root: str | os.PathLike[str] | None = None,
+    max_memory_gb: float = 0.0,
 ) -> list[Path]:
     """Segments every image of a folder.
 
-    All headers are checked before the first prediction. Each label map appears
-    at once and whole; one that is there already is replaced.
+    All headers are checked before the first prediction, and the memory it will take.
+    Each label map appears at once and whole; one that is there already is replaced.
 
     Args:
         model_dir: Folder of a finished training run.
         images_dir: Folder of images, or a data folder (all its images).
         output_dir: Gets `CASE.nii.gz`, each in its image's shape and affine.
         allow_root: Another folder that links in `images_dir` may lead into.
+        max_memory_gb: See `windows_per_call`.
 
     Returns:
         The files written, one per case.
@@ -41,7 +53,7 @@ def predict_folder(
     Raises:
         InputErrors: With everything that is wrong with the folder or the headers.
         InputError: If `output_dir` lies in `images_dir`, where a label map could
-            replace an image, or if an image cannot be used.
+            replace an image, if an image cannot be used, or the memory is too little.
     """
     images_dir, output_dir = Path(images_dir), Path(output_dir)
     if output_dir.resolve().is_relative_to(images_dir.resolve()):
@@ -51,22 +63,24 @@ def predict_folder(
         )  # fmt: skip
     folder = read_data_folder(images_dir, allow_root)
     cases = [case.without_label() for case in (*folder.cases, *folder.test_cases)]
-    check_headers(cases)
+    geometries = check_headers(cases)
     run = load_run(model_dir)
+    batch_size = windows_per_call(run, geometries, max_memory_gb)
     written = []
     for case in tqdm(cases, desc="Predicting", unit="case"):
-        label_map, geometry = predict_case(run, case)
+        label_map, geometry = predict_case(run, case, batch_size)
         written.append(output_dir / f"{case.name}.nii.gz")
         write_label_map(written[-1], label_map, geometry)
     return written
 
 
-def predict_case(run: Run, case: Case) -> tuple[np.ndarray, Geometry]:
+def predict_case(run: Run, case: Case, batch_size: int = 1) -> tuple[np.ndarray, Geometry]:
     """Reads and segments one case.
 
     Args:
         run: A trained run.
         case: Its image is read, its label is not.
+        batch_size: Windows in one call of the network.
 
     Returns:
         The label map, `uint8` `(x, y, z)` in RAS+, and the geometry of its file.
@@ -76,10 +90,10 @@ def predict_case(run: Run, case: Case) -> tuple[np.ndarray, Geometry]:
     """
     volume = read_image(case.images, num_modalities=len(run.modalities))
     normalized = normalize(volume.voxels, case.images[0])
-    return predict_volume(run, normalized), volume.geometry
+    return predict_volume(run, normalized, batch_size), volume.geometry
 
 
-def predict_volume(run: Run, volume: Normalized) -> np.ndarray:
+def predict_volume(run: Run, volume: Normalized, batch_size: int = 1) -> np.ndarray:
     """Segments a normalised volume; returns its label map, `uint8` `(x, y, z)`."""
     logits = sliding_window_logits(
         run.predict_logits,
@@ -87,22 +101,73 @@ def predict_volume(run: Run, volume: Normalized) -> np.ndarray:
         run.config.crop,
         background=volume.background,
         overlap=run.config.overlap,
+        batch_size=batch_size,
     )
     return run.regions.label_map(logits)
 
 
-def check_headers(cases: Iterable[Case]) -> None:
+def windows_per_call(
+    run: Run, geometries: Mapping[str, Geometry], max_memory_gb: float = 0.0
+) -> int:
+    """How many windows the network gets at a time, so that every case fits into memory.
+
+    One on CPUs, where several together take as long as one after the other; on GPUs as
+    many as have `CALL_VOXELS` together.
+
+    Args:
+        run: A trained run.
+        geometries: Those of the images, by file.
+        max_memory_gb: What the process may take at its peak, in 10^9 bytes, this
+            package and TensorFlow included; 0 stands for what the machine has free.
+
+    Raises:
+        InputError: With the largest image, if not even one window at a time would fit.
+    """
+    window, channels, outputs = run.config.crop, len(run.modalities), run.regions.num_outputs
+    present = resident_memory_gb()
+    limit = max_memory_gb or present + available_memory_gb()
+
+    def needed_gb(path: str) -> float:
+        """Of one image with one window: as read and normalised, the sums, the network."""
+        shape = geometries[path].ras_shape
+        volume = VOLUME_BYTES * channels * math.prod(shape)
+        sums = host_bytes(shape, window, channels, outputs)
+        return present + (volume + sums) / GB + CALL_GB + window_gb
+
+    voxels = math.prod(window)
+    window_gb = 4 * voxels * (LIVE_FEATURES * run.config.width + channels + outputs) / GB
+    largest = max(geometries, key=needed_gb)
+    needed = needed_gb(largest)
+    if needed > limit:
+        raise InputError(
+            largest, "memory to segment it", f"{needed:.1f} GB",
+            f"at most {limit:.1f} GB ({'--max_memory_gb' if max_memory_gb else 'what is free'})",
+            f"allow {math.ceil(needed)} GB, resample the image to larger voxels, or train with a "
+            "smaller --crop",
+        )  # fmt: skip
+    wanted = CALL_VOXELS // voxels if tf.config.list_physical_devices("GPU") else 1
+    return max(1, min(wanted, 1 + int(min((limit - needed) / window_gb, CALL_VOXELS))))
+
+
+def check_headers(cases: Iterable[Case]) -> dict[str, Geometry]:
     """Reads the headers of all files of `cases`, labels included.
+
+    Returns:
+        The geometry of each case's first image, by its path.
 
     Raises:
         InputErrors: With every header that cannot be used.
     """
-    errors = []
+    errors, geometries = [], {}
     for case in cases:
         for path in (*case.images, *([case.label] if case.label else [])):
             try:
-                read_geometry(path)
+                geometry = read_geometry(path)
             except InputError as error:
                 errors.append(error)
+            else:
+                if path == case.images[0]:
+                    geometries[str(path)] = geometry
     if errors:
         raise InputErrors(errors)
+    return geometries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -51,9 +52,9 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
 def gaussian_window(window: Sequence[int]) -> np.ndarray:
     """Weights of a window's voxels: large in the middle, small at the border.
 
-    A Gaussian with a standard deviation of an eighth of the window per axis,
-    scaled to a maximum of 1 and never below 0.001, so that every voxel of a
-    volume gets a weight.
+    A Gaussian with a standard deviation of an eighth of the window per axis, 1 in
+    its centre (which lies between voxels where a size is even) and never below
+    0.001, so that every voxel of a volume gets a weight. MONAI has the same.
 
     Args:
         window: Voxels per axis.
@@ -69,7 +70,7 @@ def gaussian_window(window: Sequence[int]) -> np.ndarray:
     for size in window:
         place = np.arange(size) - (size - 1) / 2
         weights = weights[..., None] * np.exp(-0.5 * (place / (size / 8)) ** 2)
-    return np.maximum(weights / weights.max(), 1e-3).astype(np.float32)
+    return np.maximum(weights, 1e-3).astype(np.float32)
 
 
 def sliding_window_logits(
@@ -84,12 +85,13 @@ def sliding_window_logits(
     """Logits of a whole volume: the weighted mean of overlapping windows.
 
     A volume smaller than the window is padded on both sides and the result cut
-    back. Sums are kept in host memory: `4 * (channels of the logits + 1)` bytes
-    a voxel, whatever the number of windows.
+    back. Sums are kept in host memory, see `host_bytes`. Windows that show nothing
+    but background look alike, so the network sees only one of them.
 
     Args:
         predict: Maps `(batch, *window, channels)` to logits
-            `(batch, *window, outputs)`; the last batch may be smaller.
+            `(batch, *window, outputs)`, each volume by itself; the last batch may be
+            smaller.
         volume: `float32`, `(x, y, z, channels)`, normalised.
         window: Voxels per axis that `predict` takes.
         background: Value of each channel outside the volume.
@@ -115,17 +117,42 @@ def sliding_window_logits(
         tuple(slice(first, first + length) for first, length in zip(place, window, strict=True))
         for place in itertools.product(*starts)
     ]
-    for first in range(0, len(boxes), batch_size):
-        batch = boxes[first : first + batch_size]
-        logits = np.asarray(predict(np.stack([padded[box] for box in batch])), np.float32)
+    background = np.asarray(background, padded.dtype)
+    groups, empty = [], []  # the boxes of a group share one prediction
+    for box in boxes:
+        if (padded[box] == background).all():
+            empty.append(box)
+        else:
+            groups.append([box])
+    if empty:
+        groups.append(empty)
+    for first in range(0, len(groups), batch_size):
+        batch = groups[first : first + batch_size]
+        logits = np.asarray(predict(np.stack([padded[box] for box, *_ in batch])), np.float32)
         if logit_sum is None:
             logit_sum = np.zeros((*padded.shape[:-1], logits.shape[-1]), np.float32)
-        for box, patch in zip(batch, logits, strict=True):
-            logit_sum[box] += patch * weights
-            weight_sum[box] += weights
+        for group, patch in zip(batch, logits, strict=True):
+            patch = patch * weights
+            for box in group:
+                logit_sum[box] += patch
+                weight_sum[box] += weights
     assert logit_sum is not None  # every axis has at least one window
     logit_sum /= weight_sum
     return logit_sum[inside]
+
+
+def host_bytes(shape: Sequence[int], window: Sequence[int], channels: int, outputs: int) -> int:
+    """What `sliding_window_logits` holds beside the volume, whatever the number of windows.
+
+    Args:
+        shape: Voxels of the volume.
+        window: Voxels of a window.
+        channels: Those of the volume.
+        outputs: Those of the logits.
+    """
+    padded = [max(size, length) for size, length in zip(shape, window, strict=True)]
+    copied = 0 if padded == list(shape) else channels
+    return 4 * math.prod(padded) * (copied + outputs + 1)
 
 
 def _pad_to_window(

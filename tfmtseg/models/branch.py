@@ -23,7 +23,8 @@ class Batch:
         levels: The encoder's features of `images`, where the branch `encodes_all`;
             else of the volumes that are segmented.
         features: What the branch's own `features` gave for the latter, or None.
-        encode: The encoder, for further images, with dropout as the training asks for.
+        encode: The encoder, for further images and the number of the part that they are
+            of something larger, with dropout as the training asks for, other in each part.
         decode: The decoder: maps the encoder's levels to features of every voxel.
         seed: Two `int32`, or None outside training.
     """
@@ -34,7 +35,7 @@ class Batch:
     weights: tf.Tensor
     levels: Mapping[str, tf.Tensor]
     features: tf.Tensor | None
-    encode: Callable[[tf.Tensor], Mapping[str, tf.Tensor]]
+    encode: Callable[..., Mapping[str, tf.Tensor]]
     decode: Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
     seed: tf.Tensor | None
 

@@ -15,6 +15,7 @@ from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors, ResidualBlock, convolution
 from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.encoder import LEVELS
+from tfmtseg.models.remat import recompute_in_parts
 from tfmtseg.ops import info_nce, retrieval_accuracy
 
 PAPER_NEGATIVES = 20
@@ -78,8 +79,8 @@ def temperature_weight(layer: Any) -> Any:
     )
 
 
-def _last_level(batch: Batch) -> Callable[[tf.Tensor], tf.Tensor]:
-    return lambda cubes: batch.encode(cubes)[LEVELS[-1]]
+def _last_level(batch: Batch) -> Callable[..., tf.Tensor]:
+    return lambda *cubes: batch.encode(*cubes)[LEVELS[-1]]
 
 
 @compat.register
@@ -107,11 +108,15 @@ class ContrastiveBranch(Branch):
         form: `"repaired"` or `"paper"`.
         blocks: Residual blocks of the predictor. 8 in the paper; two are enough for
             small codes.
+        remat: Whether the cubes pass through the encoder in parts, each as large as an
+            image, of which the gradient computes each again. It spares most memory of
+            the branch.
         **kwargs: As for every Keras layer.
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`, spatial sizes known.
-        encode: Maps cubes `(n, x, y, z, modalities)` to the encoder's last level.
+        encode: Maps cubes `(n, x, y, z, modalities)`, and with `remat` the number of
+            their part, to the encoder's last level.
         seed: Two `int32`, or None outside training. Chooses the sampled negatives.
 
     Returns:
@@ -134,6 +139,7 @@ class ContrastiveBranch(Branch):
         cube_size: int | Sequence[int],
         form: str = "repaired",
         blocks: int = 2,
+        remat: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -148,6 +154,7 @@ class ContrastiveBranch(Branch):
         self.cube_size = edges
         self.form = form
         self.default_weight = DEFAULT_WEIGHTS[form]
+        self.remat = remat
         self.blocks = [ResidualBlock(channels, name=f"block{i}") for i in range(blocks)]
         self.last = convolution(channels, 1, name="last")
 
@@ -178,7 +185,7 @@ class ContrastiveBranch(Branch):
     def call(
         self,
         images: tf.Tensor,
-        encode: Callable[[tf.Tensor], tf.Tensor],
+        encode: Callable[..., tf.Tensor],
         seed: tf.Tensor | None = None,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
@@ -188,10 +195,18 @@ class ContrastiveBranch(Branch):
             return self._repaired(codes, grid)
         return self._paper(codes, grid, seed)
 
-    def _codes(self, images: tf.Tensor, encode: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+    def _codes(self, images: tf.Tensor, encode: Callable[..., tf.Tensor]) -> tf.Tensor:
         """Codes on their grid, `(batch, x, y, z, channels)`, float32."""
-        features = encode(extract_cubes(images, self.cube_size))
-        codes = tf.reduce_mean(tf.cast(features, tf.float32), (1, 2, 3))
+        cubes = extract_cubes(images, self.cube_size)
+
+        def mean_features(*cubes: tf.Tensor) -> tf.Tensor:
+            return tf.reduce_mean(tf.cast(encode(*cubes), tf.float32), (1, 2, 3))
+
+        if self.remat:
+            part_size = max(1, math.prod(images.shape[1:4]) // math.prod(self.cube_size))
+            codes = recompute_in_parts(mean_features, cubes, part_size, self.channels)
+        else:
+            codes = mean_features(cubes)
         grid = grid_shape(images.shape[1:4], self.cube_size)
         return tf.reshape(codes, (-1, *grid, self.channels))
 
@@ -295,5 +310,6 @@ class ContrastiveBranch(Branch):
             "cube_size": self.cube_size,
             "form": self.form,
             "blocks": len(self.blocks),
+            "remat": self.remat,
         }
         return {**super().get_config(), **config}

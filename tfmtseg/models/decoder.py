@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -24,6 +25,7 @@ class Decoder(keras.layers.Layer):
     Args:
         width: As for the encoder.
         strides: As for the encoder.
+        remat: As for the encoder.
         **kwargs: As for every Keras layer.
 
     Call arguments:
@@ -36,10 +38,17 @@ class Decoder(keras.layers.Layer):
         Iwasawa et al., 2020, section 3.1.
     """
 
-    def __init__(self, width: int = 32, strides: Sequence[Factors] = ISOTROPIC, **kwargs: Any):
+    def __init__(
+        self,
+        width: int = 32,
+        strides: Sequence[Factors] = ISOTROPIC,
+        remat: bool = False,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.width = width
         self.strides = per_axis(strides)
+        self.remat = remat
         names = LEVELS[:-1]
         self.reduce = [convolution(width * 2**i, 1, name=f"reduce{i}") for i in range(len(names))]
         self.upsample = [
@@ -60,10 +69,15 @@ class Decoder(keras.layers.Layer):
         """See the class."""
         x = levels[LEVELS[-1]]
         for i in reversed(range(len(self.blocks))):
-            x = self.upsample[i](self.reduce[i](x)) + levels[LEVELS[i]]
-            x = self.blocks[i](x)
+            level = partial(self._level, i)
+            x = (tf.recompute_grad(level) if self.remat else level)(x, levels[LEVELS[i]])
         return x
+
+    def _level(self, i: int, x: tf.Tensor, skip: tf.Tensor) -> tf.Tensor:
+        """The features of a level from those of the one below and the encoder's."""
+        return self.blocks[i](self.upsample[i](self.reduce[i](x)) + skip)
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of this layer."""
-        return {**super().get_config(), "width": self.width, "strides": self.strides}
+        config = {"width": self.width, "strides": self.strides, "remat": self.remat}
+        return {**super().get_config(), **config}

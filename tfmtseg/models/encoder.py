@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import tensorflow as tf
@@ -27,6 +28,7 @@ class Encoder(keras.layers.Layer):
         width: Channels of the first level, a multiple of 8.
         dropout: Fraction of values dropped after the first convolution.
         strides: For levels 1 to 3, how much smaller x, y and z become.
+        remat: Whether the gradient computes each level again, which spares memory.
         **kwargs: As for every Keras layer.
 
     Call arguments:
@@ -47,12 +49,14 @@ class Encoder(keras.layers.Layer):
         width: int = 32,
         dropout: float = 0.2,
         strides: Sequence[Factors] = ISOTROPIC,
+        remat: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.width = width
         self.dropout = dropout
         self.strides = per_axis(strides)
+        self.remat = remat
         self.first = convolution(width, name="first")
         self.entries = [
             convolution(width * 2**i, strides=factors, name=f"entry{i}")
@@ -91,18 +95,31 @@ class Encoder(keras.layers.Layer):
 
     def call(self, images: tf.Tensor, seed: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
         """See the class."""
-        x = self.first(images)
-        if seed is not None and self.dropout > 0:
-            x = tf.nn.experimental.stateless_dropout(x, self.dropout, seed=seed)
         levels = {}
-        for name, (entry, blocks) in zip(LEVELS, self._stages(), strict=True):
-            x = entry(x)
-            for block in blocks:
-                x = block(x)
-            levels[name] = x
+        x = images
+        for number, name in enumerate(LEVELS):
+            level = partial(self._level, number, seed)
+            x = levels[name] = tf.recompute_grad(level)(x) if self.remat else level(x)
         return levels
+
+    def _level(self, number: int, seed: tf.Tensor | None, x: tf.Tensor) -> tf.Tensor:
+        """The features of a level from those of the one above, or from the images."""
+        if number == 0:
+            x = self.first(x)
+            if seed is not None and self.dropout > 0:
+                x = tf.nn.experimental.stateless_dropout(x, self.dropout, seed=seed)
+        entry, blocks = self._stages()[number]
+        x = entry(x)
+        for block in blocks:
+            x = block(x)
+        return x
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of this layer."""
-        config = {"width": self.width, "dropout": self.dropout, "strides": self.strides}
+        config = {
+            "width": self.width,
+            "dropout": self.dropout,
+            "strides": self.strides,
+            "remat": self.remat,
+        }
         return {**super().get_config(), **config}

@@ -62,9 +62,14 @@ class Segmenter(keras.Model):
         pretraining: Whether encoder and branch learn alone, from all volumes and
             without labels; the head stays as it is, and the decoder too, unless the
             contrast is dense.
+        remat: Whether the gradient computes the features of encoder and decoder again,
+            level by level, and the contrastive cubes in parts. It spares memory and
+            costs time; all but the dropout of the cubes is as without.
         seed: Seed of dropout, sampling and mixing. They depend on it and on the number
             of updates made, and on nothing else.
-        **kwargs: As for every Keras model.
+        **kwargs: As for every Keras model; `dtype="mixed_bfloat16"` or `"mixed_float16"`
+            for mixed precision. Weights, statistics of normalisations, head and losses
+            are float32 at any.
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`; each spatial size a multiple of the
@@ -106,6 +111,7 @@ class Segmenter(keras.Model):
         teacher_start: int = 1,
         pseudo_label_weight: float = 0.5,
         pretraining: bool = False,
+        remat: bool = False,
         seed: int = 0,
         **kwargs: Any,
     ):
@@ -137,22 +143,28 @@ class Segmenter(keras.Model):
         self.regions = regions
         self.method = method
         self.seed = seed
-        self.encoder = Encoder(width, dropout, strides, name="encoder")
-        self.decoder = Decoder(width, strides, name="decoder")
-        self.head = convolution(regions.num_outputs, 1, name="head", dtype="float32")
         self.branch: Branch | None = None
         kind = METHODS[method].branch
-        if kind == "vae":
-            self.branch = VAEBranch(width, strides, name="vae_branch")
-        elif kind == "boundary":
-            self.branch = BoundaryBranch(width, regions, strides, name="boundary_branch")
-        elif kind == "contrastive" and contrastive_form.startswith("dense"):
-            across = contrastive_form == "dense_across"
-            self.branch = DenseContrastiveBranch(width, strides, across, name="dense_branch")
-        elif kind == "contrastive":
-            self.branch = ContrastiveBranch(
-                width * 8, cube_size, contrastive_form, predictor_blocks, name="contrastive_branch"
-            )
+        with compat.dtype_scope(self.dtype_policy):  # which new layers take over
+            self.encoder = Encoder(width, dropout, strides, remat, name="encoder")
+            self.decoder = Decoder(width, strides, remat, name="decoder")
+            self.head = convolution(regions.num_outputs, 1, name="head", dtype="float32")
+            if kind == "vae":
+                self.branch = VAEBranch(width, strides, name="vae_branch")
+            elif kind == "boundary":
+                self.branch = BoundaryBranch(width, regions, strides, name="boundary_branch")
+            elif kind == "contrastive" and contrastive_form.startswith("dense"):
+                across = contrastive_form == "dense_across"
+                self.branch = DenseContrastiveBranch(width, strides, across, name="dense_branch")
+            elif kind == "contrastive":
+                self.branch = ContrastiveBranch(
+                    width * 8,
+                    cube_size,
+                    contrastive_form,
+                    predictor_blocks,
+                    remat,
+                    name="contrastive_branch",
+                )
         self.branch_weight = branch_weight
         self.pretraining = pretraining
         self.teacher_start = teacher_start
@@ -187,7 +199,9 @@ class Segmenter(keras.Model):
             "teacher_start": teacher_start,
             "pseudo_label_weight": pseudo_label_weight,
             "pretraining": pretraining,
+            "remat": remat,
             "seed": seed,
+            "dtype": self.dtype_policy.name,
         }
 
     def build(self, input_shape: Any) -> None:
@@ -323,7 +337,9 @@ class Segmenter(keras.Model):
                 weights=weights,
                 levels=branch_levels,
                 features=features,
-                encode=lambda further: self.encoder(further, seed=seeds[1]),
+                encode=lambda further, part=None: self.encoder(
+                    further, seed=_fold_in(seeds[1], part)
+                ),
                 decode=self.decoder,
                 seed=seeds[2],
             )
@@ -461,6 +477,13 @@ class Segmenter(keras.Model):
         """Compiles a model from a file as it was when it was saved."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
+
+
+def _fold_in(seed: tf.Tensor | None, part: tf.Tensor | None) -> tf.Tensor | None:
+    """A seed of its own for each part; `seed` itself for None."""
+    if seed is None or part is None:
+        return seed
+    return tf.random.experimental.stateless_fold_in(seed, part)
 
 
 def _mean(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:

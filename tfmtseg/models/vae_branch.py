@@ -99,9 +99,10 @@ class VAEBranch(Branch):
         halving = (2 - x % 2, 2 - y % 2, 2 - z % 2)
         self.squeezed_shape = (x // halving[0], y // halving[1], z // halving[2], SQUEEZED_CHANNELS)
         flat = math.prod(self.squeezed_shape)
-        self.squeeze = convolution(SQUEEZED_CHANNELS, strides=halving, name="squeeze")
-        self.unflatten = _dense(flat, activation="relu", name="unflatten")
-        self.upsample = Upsample(halving, name="upsample")
+        same = {"dtype": self.dtype_policy}  # as the layers that exist
+        self.squeeze = convolution(SQUEEZED_CHANNELS, strides=halving, name="squeeze", **same)
+        self.unflatten = _dense(flat, activation="relu", name="unflatten", **same)
+        self.upsample = Upsample(halving, name="upsample", **same)
         self.last = convolution(input_shape[-1], 1, name="last", dtype="float32")
 
         shape = (None, None, None, None, self.expand.filters)

@@ -9,12 +9,14 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.errors import InputError
 from tfmtseg.files import write_json
+from tfmtseg.models.branch import Branch
 from tfmtseg.models.segmenter import Segmenter
 
 
@@ -131,12 +133,17 @@ def initialize(
         parts.append("decoder")
     if source.head.trainable and source.regions == model.regions:
         parts.append("head")
-    branches = [part.branch and part.branch.get_config() for part in (source, model)]
-    if branches[0] is not None and branches[0] == branches[1]:
+    if source.branch is not None and _kind(source.branch) == _kind(model.branch):
         parts.append("branch")
     for part in parts:
         getattr(model, part).set_weights(getattr(source, part).get_weights())
     return parts
+
+
+def _kind(branch: Branch | None) -> dict[str, Any]:
+    """The arguments of a branch that shape its weights."""
+    config = {} if branch is None else branch.get_config()
+    return {name: value for name, value in config.items() if name not in ("dtype", "remat")}
 
 
 def _weights(model: Segmenter) -> tf.train.Checkpoint:

@@ -17,6 +17,7 @@ from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.contrastive_branch import grid_shape
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
+from tfmtseg.training.precision import PRECISIONS
 from tfmtseg.training.sizes import Strides, total_strides
 
 UNKNOWN = (0, 0, 0)
@@ -67,6 +68,14 @@ class TrainConfig:
     strides: Strides = _setting(
         (UNKNOWN, UNKNOWN, UNKNOWN),
         "By level, such as 2x2x1,2x2x1,2x2x2; 0x0x0 at all chooses from the voxel size.",
+    )
+    precision: str = _setting(
+        "auto",
+        "float32, mixed_bfloat16 or mixed_float16. auto: float32 on CPUs, on GPUs bfloat16 if "
+        "they have it, else float16.",
+    )
+    remat: bool = _setting(
+        False, "Whether gradients compute features again: less memory, more time."
     )
     dropout: float = _setting(0.2, "Fraction of values dropped after the first convolution.")
     contrastive_form: str = _setting(
@@ -168,6 +177,12 @@ class TrainConfig:
                 not pretrain or self.unlabeled_per_step > 0,
                 "1 or more with --mode=pretrain",
                 "choose 4",
+            ),
+            (
+                "precision",
+                self.precision in PRECISIONS,
+                f"one of {', '.join(PRECISIONS)}",
+                "choose one",
             ),
             ("teacher_momentum", 0 <= self.teacher_momentum < 1, "in [0, 1)", "choose 0.99"),
             ("teacher_start", 0 <= self.teacher_start <= 1, "in [0, 1]", "choose 0.33"),

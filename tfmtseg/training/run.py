@@ -37,6 +37,7 @@ from tfmtseg.data.pipeline import batch_cases, held_out_batches, training_batche
 from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import write_json, write_text
+from tfmtseg.memory import peak_memory_gb
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops import library
@@ -52,6 +53,7 @@ from tfmtseg.training.checkpoint import initialize, load_model, write_model, wri
 from tfmtseg.training.config import TrainConfig, read_settings
 from tfmtseg.training.memory import training_memory_gb
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
+from tfmtseg.training.precision import choose_precision
 from tfmtseg.training.sizes import MAX_CROP, choose_crop, choose_cube, choose_strides
 
 # Settings that may differ when a run goes on: they change no result.
@@ -123,12 +125,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "train_steps": config.train_steps,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
+        "peak_memory_gb": round(peak_memory_gb(), 2),
+        "precision": config.precision,
         "parameters": model.count_parameters(),
         **compat.versions(),
         "ops_implementation": library.choose(),
         "history_file": "history.csv",
     }
     write_json(result_file, result)
+    print(f"Memory at its peak: {result['peak_memory_gb']:.1f} GB")
     return result
 
 
@@ -231,7 +236,7 @@ def _training_geometries(
 
 
 def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig:
-    """Fills in strides, crop and cubes where they are left to us, from medians of the data."""
+    """Fills in what is left to us: precision; strides, crop and cubes, from medians of the data."""
     spacing_mm = np.median([geometry.spacing_mm for geometry in geometries], axis=0).tolist()
     median = np.median([geometry.ras_shape for geometry in geometries], axis=0).tolist()
     strides = config.strides
@@ -239,7 +244,13 @@ def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig
         strides = choose_strides(spacing_mm, _known(config.crop, np.minimum(median, MAX_CROP)))
     crop = _known(config.crop, choose_crop(median, strides))
     cube_size = _known(config.cube_size, choose_cube(crop, strides))
-    return dataclasses.replace(config, strides=strides, crop=crop, cube_size=cube_size)
+    return dataclasses.replace(
+        config,
+        strides=strides,
+        crop=crop,
+        cube_size=cube_size,
+        precision=choose_precision(config.precision),
+    )
 
 
 def _known(sizes: Factors, otherwise: Sequence[float]) -> Factors:
@@ -254,6 +265,8 @@ def _claim_folder(config: TrainConfig, directory: Path) -> None:
     if not path.exists():
         return
     before = TrainConfig.from_mapping(read_settings(path), str(path))
+    # Of a run from before there was such a setting.
+    before = dataclasses.replace(before, precision=choose_precision(before.precision))
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
         if field.name not in MAY_CHANGE and old != new:
@@ -279,7 +292,9 @@ def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
         teacher_start=max(1, round(config.teacher_start * config.train_steps)),
         pseudo_label_weight=config.pseudo_label_weight,
         pretraining=config.mode == "pretrain",
+        remat=config.remat,
         seed=config.seed,
+        dtype=choose_precision(config.precision),
     )
 
 
@@ -297,7 +312,8 @@ def _print_plan(config: TrainConfig, splits: Splits, model: Segmenter, first_ste
     parameters = sum(model.count_parameters().values())
     print(
         f"{config.mode.capitalize()}ing {config.method}, {parameters / 1e6:.2f} million "
-        f"parameters, {config.train_steps} steps of {' + '.join(kinds)} patches of {crop} voxels"
+        f"parameters, {config.train_steps} steps of {' + '.join(kinds)} patches of {crop} voxels, "
+        f"{config.precision}"
     )
     print(f"Memory: at most about {training_memory_gb(config, parameters):.1f} GB")
     if first_step:

@@ -4,24 +4,17 @@ Every implementation runs in a process of its own; the calls take turns, so that
 meet the same noise. Prints medians, ratios to the chunked TensorFlow version, and the
 peak memory that a call takes beyond its inputs.
 
-    python tools/benchmark_info_nce.py --sizes=192,1024,4096
+    python benchmarks/info_nce.py --sizes=192,1024,4096
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from absl import app, flags
-
-from tfmtseg.files import write_text
+from interleave import Worker, machine, measure, memory_mib, ratio, seconds, serve
 
 _SIZES = flags.DEFINE_list("sizes", ["192", "1024", "4096", "16384"], "Numbers of queries.")
 _FEATURES = flags.DEFINE_integer("features", 256, "Features of a row.", lower_bound=1)
@@ -102,71 +95,25 @@ def make(name: str) -> Callable[[int, int], Callable[[], None]]:
     return prepare
 
 
-def memory(field: str) -> int:
-    """A field of this process's status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-
-def work(name: str, size: int, features: int) -> None:
-    """Answers each line with the seconds of a call, and the KiB that the first one took."""
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
-    prepare = make(name)
+def prepare(name: str, size: int, features: int) -> tuple[Callable[[], None], dict[str, float]]:
+    """See `interleave.serve`; tells the MiB that a first call takes."""
+    make_call = make(name)
     # TensorFlow keeps memory that it has had once, so only the first call shows the peak;
     # smaller calls before it take tracing and starting threads out of the figure.
     for small in (16, 32):
-        prepare(small, features)()
-    call = prepare(size, features)
+        make_call(small, features)()
+    call = make_call(size, features)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = memory("VmRSS")
+    before = memory_mib("VmRSS")
     call()
-    kib = memory("VmHWM") - before
-    print("ready", file=answers)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        call()
-        print(json.dumps({"seconds": time.perf_counter() - start, "kib": kib}), file=answers)
-
-
-class Worker:
-    """A process that runs one implementation at one size."""
-
-    def __init__(self, name: str, size: int, features: int):
-        command = [sys.executable, __file__, f"--worker={name}"]
-        self.process = subprocess.Popen(
-            [*command, f"--sizes={size}", f"--features={features}"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a pipe that nobody reads would fill up
-            text=True,
-        )
-        self.ready = self.process.stdout.readline().strip() == "ready"
-
-    def call(self) -> dict[str, float]:
-        """One timed call."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def stop(self) -> None:
-        """Ends the process."""
-        self.process.stdin.close()
-        self.process.wait()
-
-
-def processor() -> str:
-    """Name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
+    return call, {"mib": memory_mib("VmHWM") - before}
 
 
 def compare() -> str:
     """Measures and returns the table."""
     features, rounds = _FEATURES.value, _ROUNDS.value
     lines = [
-        f"Machine: {processor()}, {len(os.sched_getaffinity(0))} cores, "
-        f"Python {platform.python_version()}. D = {features}, forward and backward; median of "
+        f"Machine: {machine()}. D = {features}, forward and backward; median of "
         f"{rounds} calls of each, taking turns, and the memory beyond inputs that the first took.",
         "",
     ]
@@ -174,27 +121,24 @@ def compare() -> str:
     for size in map(int, _SIZES.value):
         workers = {}
         for name in NAMES:  # one after the other: starting takes much of the processor
-            if name not in absent:
-                workers[name] = Worker(name, size, features)
-        absent |= {name for name, worker in workers.items() if not worker.ready}
-        workers = {name: worker for name, worker in workers.items() if worker.ready}
-        results: dict[str, list] = {name: [] for name in workers}
-        for _ in range(rounds):
-            for name, worker in workers.items():
-                results[name].append(worker.call())
-        for worker in workers.values():
-            worker.stop()
+            arguments = [f"--worker={name}", f"--sizes={size}", f"--features={features}"]
+            try:
+                if name not in absent:
+                    workers[name] = Worker([__file__, *arguments])
+            except RuntimeError:
+                absent.add(name)
+        results = measure(workers, rounds)
         if len(lines) == 2:
             lines += [
                 "| N | " + " | ".join(workers) + " | native against chunked | bfloat16 against "
                 "float32 |",
                 "|---|" + "---|" * (len(workers) + 2),
             ]
-        seconds = {n: np.median([r["seconds"] for r in found]) for n, found in results.items()}
         cells = [
-            f"{1000 * seconds[n]:.1f} ms, {results[n][0]['kib'] / 1024:.0f} MiB" for n in workers
+            f"{1000 * seconds(results[name]):.1f} ms, {worker.facts['mib']:.0f} MiB"
+            for name, worker in workers.items()
         ]
-        cells += [_times_faster(results, *pair) for pair in RATIOS]
+        cells += [f"{ratio(results[a], results[b]):.2f} x faster" for b, a in RATIOS]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     if absent:
@@ -202,21 +146,15 @@ def compare() -> str:
     return "\n".join(lines)
 
 
-def _times_faster(results: dict[str, list], one: str, other: str) -> str:
-    """Median over the rounds of how many times faster `one` was than `other`."""
-    pairs = zip(results[one], results[other], strict=True)
-    return f"{np.median([b['seconds'] / a['seconds'] for a, b in pairs]):.2f} x faster"
-
-
 def main(_: list[str]) -> None:
     """Runs the comparison, or one side of it."""
     if _WORKER.value:
-        work(_WORKER.value, int(_SIZES.value[0]), _FEATURES.value)
+        serve(lambda: prepare(_WORKER.value, int(_SIZES.value[0]), _FEATURES.value))
         return
     table = compare()
     print(f"\n{table}")
     if _OUTPUT.value:
-        write_text(_OUTPUT.value, table + "\n")
+        Path(_OUTPUT.value).write_text(table + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

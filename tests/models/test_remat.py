@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg import Segmenter
+from tfmtseg.compat import keras
+from tfmtseg.models.remat import recompute_in_parts
+
+CROP = (16, 8, 16)
+
+
+def loss_and_gradients(**arguments) -> tuple[float, list[np.ndarray]]:
+    """In a graph, where what is computed twice could be merged again."""
+    keras.utils.set_random_seed(1)
+    model = Segmenter(regions=2, width=8, cube_size=8, predictor_blocks=1, **arguments)
+    model.build((None, *CROP, 1))
+    model.compile(optimizer=keras.optimizers.SGD())
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, (2, *CROP))
+    images = labels[..., None] + rng.normal(size=(2, *CROP, 1))
+    batch = (
+        tf.constant(images, tf.float32),
+        tf.constant(labels, tf.int32),
+        tf.constant([1.0, 0.0]),
+    )
+
+    @tf.function
+    def run() -> tuple[tf.Tensor, list[tf.Tensor]]:
+        with tf.GradientTape() as tape:
+            loss, _, _ = model._forward(batch, training=True)
+        return loss, tape.gradient(loss, model.trainable_variables)
+
+    loss, gradients = run()
+    return float(loss), [gradient.numpy() for gradient in gradients]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"method": "encdec", "dropout": 0.3}, {"method": "sscpcseg", "dropout": 0.0}],
+    ids=["dropout", "cubes in parts"],
+)
+def test_gradients_are_those_of_the_plain_model(arguments):
+    loss, gradients = loss_and_gradients(**arguments)
+    loss_again, again = loss_and_gradients(remat=True, **arguments)
+    assert loss_again == pytest.approx(loss, rel=1e-6)
+    largest = max(np.abs(gradient).max() for gradient in gradients)
+    for one, other in zip(gradients, again, strict=True):
+        # Sums over some thousand voxels in another order; some are mathematically 0.
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5 * largest)
+
+
+def test_parts():
+    """`tanh(x w)` of 7 rows in parts of 3; its gradient by hand."""
+    x = np.random.default_rng(0).normal(size=(7, 2)).astype(np.float32)
+    upstream = np.random.default_rng(1).normal(size=(7, 2)).astype(np.float32)
+    weight, unused = tf.Variable([[0.5, -1.0], [2.0, 0.1]]), tf.Variable(3.0)
+    sizes = []
+
+    def function(part: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        sizes.append((int(number), len(part)))
+        return tf.tanh(part @ weight) + 0.0 * unused
+
+    with tf.GradientTape() as tape:
+        y = recompute_in_parts(function, tf.constant(x), 3, 2)
+    expected = np.tanh(x.astype(np.float64) @ weight.numpy())
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    gradients = tape.gradient(y, [weight, unused], tf.constant(upstream))
+    np.testing.assert_allclose(gradients[0], x.T @ (upstream * (1 - expected**2)), rtol=1e-5)
+    assert float(gradients[1]) == 0
+    assert sizes == [(0, 3), (1, 3), (2, 1)] * 2  # forward, and again for the gradient
