@@ -41,6 +41,16 @@ if KERAS_3 and keras.backend.backend() != "tensorflow":
 register = keras.saving.register_keras_serializable(package="tfmtseg")
 
 
+class Model(keras.Model):
+    """A Keras model that `fit` takes as built once `build` was called."""
+
+    def _maybe_symbolic_build(self, *args: Any, **kwargs: Any) -> None:
+        # Keras 3 asks under a strategy whether every layer was called, and then averages a
+        # batch over the replicas for its shape, which fails with several workers.
+        if not self.built:
+            super()._maybe_symbolic_build(*args, **kwargs)
+
+
 def versions() -> dict[str, str]:
     """The versions of TensorFlow and Keras, for reports."""
     return {"tensorflow": tf.__version__, "keras": keras.__version__}
@@ -78,6 +88,17 @@ def scales_loss(optimizer: keras.optimizers.Optimizer) -> bool:
     return hasattr(optimizer, "get_scaled_loss")
 
 
+def step_results(results: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """What a training step returns to Keras, from scalars that all replicas agree on.
+
+    Of several workers' results, Keras 3 takes the mean over the first axis.
+    """
+    several = isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy)
+    if KERAS_3 and several:
+        return {name: tf.reshape(value, [1]) for name, value in results.items()}
+    return results
+
+
 def apply_gradients(
     optimizer: keras.optimizers.Optimizer,
     gradients: Sequence[tf.Tensor | None],
@@ -87,6 +108,15 @@ def apply_gradients(
     if not KERAS_3 and hasattr(optimizer, "get_unscaled_gradients"):
         gradients = optimizer.get_unscaled_gradients(gradients)
     optimizer.apply_gradients(zip(gradients, variables, strict=True))
+
+
+def validation_steps(steps: int) -> int | None:
+    """What `fit` is told about validation data that has `steps` batches.
+
+    Keras 2 has to know for distributed data; Keras 3 would take the number for less than
+    all there is, and go on behind it in the next epoch.
+    """
+    return None if KERAS_3 else steps
 
 
 def iterations(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.models.blocks import Factors, ResidualBlock, convolution, per_axis
+from tfmtseg.ops.seed import Seed
 
 LEVELS = ("h0", "h1", "h2", "h3")
 BLOCKS = (1, 2, 2, 4)
@@ -31,7 +32,7 @@ class Encoder(keras.layers.Layer):
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`.
-        seed: Two `int32`, or None. With a seed, dropout is on and depends on nothing
+        seed: A `Seed`, or None. With a seed, dropout is on and depends on nothing
             else; without, it is off. (A state inside the layer would be lost when
             training resumes.)
 
@@ -89,11 +90,11 @@ class Encoder(keras.layers.Layer):
             for entry, start, count in zip(self.entries, first, BLOCKS, strict=True)
         ]
 
-    def call(self, images: tf.Tensor, seed: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+    def call(self, images: tf.Tensor, seed: Seed | None = None) -> dict[str, tf.Tensor]:
         """See the class."""
         x = self.first(images)
         if seed is not None and self.dropout > 0:
-            x = tf.nn.experimental.stateless_dropout(x, self.dropout, seed=seed)
+            x = seed.dropout(x, self.dropout)
         levels = {}
         for name, (entry, blocks) in zip(LEVELS, self._stages(), strict=True):
             x = entry(x)

@@ -15,11 +15,13 @@ import yaml
 from tfmtseg.data.augment import Augmentation
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors
+from tfmtseg.models.contrast import NEGATIVES
 from tfmtseg.models.contrastive_branch import grid_shape
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.training.sizes import Strides, total_strides
 
 UNKNOWN = (0, 0, 0)
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
 
 
 MAX_ITEMS = 16  # of a list in a settings file
@@ -76,6 +78,11 @@ class TrainConfig:
         UNKNOWN, "Edges of the contrastive cubes in voxels, one or three; 0 chooses one."
     )
     predictor_blocks: int = _setting(8, "Residual blocks of the contrastive predictor.")
+    negatives: str = _setting(
+        "global",
+        "Where a contrast's negatives come from: the case, the replica's batch, or the global "
+        "batch of all replicas. The paper's form stays within the case.",
+    )
     branch_weight: float = _setting(-1.0, "Factor of the branch's loss; below 0: the default.")
 
     teacher_momentum: float = _setting(0.99, "Momentum of the weights of copy-paste's teacher.")
@@ -85,8 +92,10 @@ class TrainConfig:
     pseudo_label_weight: float = _setting(0.5, "Factor of the loss on the teacher's labels.")
 
     crop: Factors = _setting(UNKNOWN, "Patch size in voxels, such as 96,96,96; 0 chooses one.")
-    labeled_per_step: int = _setting(2, "Labelled patches in each step.")
-    unlabeled_per_step: int = _setting(2, "Unlabelled patches in each step, where used.")
+    labeled_per_step: int = _setting(2, "Labelled patches in each step, on all replicas.")
+    unlabeled_per_step: int = _setting(
+        2, "Unlabelled patches in each step, on all replicas, where used."
+    )
     foreground_probability: float = _setting(
         0.33, "Fraction of labelled patches centred on labelled tissue."
     )
@@ -106,6 +115,14 @@ class TrainConfig:
     blur_voxels: float = _setting(0.8, "Largest standard deviation of blur.")
     blur_probability: float = _setting(0.2, "Fraction of patches blurred.")
 
+    strategy: str = _setting(
+        "auto",
+        "Where a step is computed: one_device; mirrored, on several GPUs, or parts of the "
+        "processor where there is none; multi_worker, on the machines of TF_CONFIG.",
+    )
+    num_replicas: int = _setting(
+        0, "Devices that share a step, which must divide its patches; 0 takes all GPUs."
+    )
     train_steps: int = _setting(5000, "Updates in all.")
     steps_per_epoch: int = _setting(100, "Updates between checkpoints; divides train_steps.")
     learning_rate: float = _setting(1e-3, "Adam's learning rate after the warm-up.")
@@ -148,7 +165,8 @@ class TrainConfig:
         limits = {
             "num_labeled": 0, "num_development": 0, "num_test": 0, "ids_per_subject": 1,
             "labeled_per_step": 1, "unlabeled_per_step": 0, "train_steps": 1,
-            "steps_per_epoch": 1, "warmup_steps": 0, "width": 8, "predictor_blocks": 1,
+            "steps_per_epoch": 1, "warmup_steps": 0, "num_replicas": 0, "width": 8,
+            "predictor_blocks": 1,
         }  # fmt: skip
         pretrain = self.mode == "pretrain"
         able = [name for name, method in METHODS.items() if method.can_pretrain]
@@ -183,6 +201,24 @@ class TrainConfig:
                 "contrastive_form",
                 self.contrastive_form in CONTRASTIVE_FORMS,
                 f"one of {', '.join(CONTRASTIVE_FORMS)}",
+                "choose one",
+            ),
+            (
+                "negatives",
+                self.negatives in NEGATIVES,
+                f"one of {', '.join(NEGATIVES)}",
+                "choose one",
+            ),
+            (
+                "negatives",
+                self.negatives != "case" or self.contrastive_form != "dense_across",
+                "batch or global with --contrastive_form=dense_across",
+                "choose one",
+            ),
+            (
+                "strategy",
+                self.strategy in STRATEGIES,
+                f"one of {', '.join(STRATEGIES)}",
                 "choose one",
             ),
             (
