@@ -110,15 +110,6 @@ def apply_gradients(
     optimizer.apply_gradients(zip(gradients, variables, strict=True))
 
 
-def validation_steps(steps: int) -> int | None:
-    """What `fit` is told about validation data that has `steps` batches.
-
-    Keras 2 has to know for distributed data; Keras 3 would take the number for less than
-    all there is, and go on behind it in the next epoch.
-    """
-    return None if KERAS_3 else steps
-
-
 def iterations(optimizer: keras.optimizers.Optimizer) -> tf.Tensor:
     """Updates made so far, `int32`, of shape ()."""
     return tf.cast(tf.convert_to_tensor(optimizer.iterations), tf.int32)

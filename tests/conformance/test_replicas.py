@@ -142,32 +142,45 @@ def test_only_negatives_of_the_replicas_batch_depend_on_the_replicas(mirrored, n
     assert two["cpc_loss"] == pytest.approx(np.mean(alone), rel=1e-5)
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-def test_mixed_precision(mirrored, policy):
-    """An update in a graph; under float16, losses are scaled, and one overflow is left out."""
-    keras.mixed_precision.set_global_policy(policy)
-    try:
-        keras.utils.set_random_seed(3)
-        with mirrored.scope():
-            model = Segmenter(
-                regions=2, method="cpcseg", width=8, cube_size=8, predictor_blocks=1, dropout=0.0
-            )
-            model.build((None, *CROP, 1))
-            optimizer = keras.optimizers.SGD(0.1)
-            if policy == "mixed_float16":
-                optimizer = keras.mixed_precision.LossScaleOptimizer(
-                    optimizer, initial_scale=2.0**40
-                )
-            model.compile(optimizer)
-            optimizer.build(model.trainable_variables)
-        before = model.get_weights()
-        data = tf.data.Dataset.from_tensor_slices(volumes([1, 1, 1, 1])).batch(4).repeat(2)
-        options = tf.data.Options()
-        options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-        model.fit(data.with_options(options), steps_per_epoch=2, verbose=0, shuffle=False)
-    finally:
-        keras.mixed_precision.set_global_policy("float32")
+def test_bfloat16(mirrored, request):
+    """Losses and scores; the gradients of one device are not reproducible here, see below.
+
+    TensorFlow 2.21's 3D convolution on CPU now and then gives wrong bfloat16 gradients of
+    kernels, on one device too.
+    """
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    request.addfinalizer(lambda: keras.mixed_precision.set_global_policy("float32"))
+    strategies = tf.distribute.get_strategy(), mirrored
+    one, two = (Trainee(strategy, method="cpcseg") for strategy in strategies)
+    data = volumes([1, 1, 1, 1])
+    expected = one.step([data], False)[1]
+    _, shown = two.step([[part[rows] for part in data] for rows in ([0, 1], [2, 3])], False)
+    # Codes are rounded to 8 bits before their float32 similarities.
+    assert shown == pytest.approx(expected, rel=1e-2)
+
+
+def test_float16_in_fit(mirrored, request):
+    """A user's dataset and graph: an update that overflows is left out on both replicas."""
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    request.addfinalizer(lambda: keras.mixed_precision.set_global_policy("float32"))
+    with mirrored.scope():
+        model = Segmenter(regions=2, method="encdec", width=8)
+        model.build((None, *CROP, 1))
+        optimizer = keras.mixed_precision.LossScaleOptimizer(
+            keras.optimizers.SGD(0.1), initial_scale=2.0**32
+        )
+        model.compile(optimizer)
+        optimizer.build(model.trainable_variables)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    dataset = tf.data.Dataset.from_tensor_slices(volumes([1, 1, 1, 1])).batch(4)
+    dataset = dataset.with_options(options).repeat()
+    before = model.get_weights()
+    model.fit(dataset, steps_per_epoch=1, verbose=0, shuffle=False)
+    for ours, theirs in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    # Halved at every overflow, down to where the gradients fit.
+    model.fit(dataset, steps_per_epoch=24, verbose=0, shuffle=False)
     moved = [np.abs(a - b).max() for a, b in zip(before, model.get_weights(), strict=True)]
     assert np.isfinite(moved).all()
-    overflows = policy == "mixed_float16"  # 2^40 times any gradient
-    assert (max(moved) == 0) == overflows
+    assert max(moved) > 1e-4

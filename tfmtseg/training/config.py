@@ -21,6 +21,8 @@ from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.training.sizes import Strides, total_strides
 
 UNKNOWN = (0, 0, 0)
+OPTIMIZERS = ("adamw", "ranger")
+AVERAGES = ("none", "ema", "swa")
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
 
 
@@ -125,10 +127,16 @@ class TrainConfig:
     )
     train_steps: int = _setting(5000, "Updates in all.")
     steps_per_epoch: int = _setting(100, "Updates between checkpoints; divides train_steps.")
-    learning_rate: float = _setting(1e-3, "Adam's learning rate after the warm-up.")
+    learning_rate: float = _setting(1e-3, "The learning rate after the warm-up.")
     warmup_steps: int = _setting(20, "Updates over which the learning rate rises.")
     weight_decay: float = _setting(1e-5, "Decoupled weight decay per update, falls with the rate.")
-    ema_momentum: float = _setting(0.99, "Momentum of the averaged weights that are kept.")
+    optimizer: str = _setting("adamw", "adamw; ranger: rectified Adam that looks ahead.")
+    weight_averaging: str = _setting(
+        "ema",
+        "The weights that are kept: none, the last; ema, an exponential average; swa, the mean "
+        "over the ends of the virtual epochs of the last quarter.",
+    )
+    ema_momentum: float = _setting(0.99, "Momentum of the exponential average.")
 
     overlap: float = _setting(0.5, "Overlap of the windows in inference, in [0, 1).")
 
@@ -186,6 +194,18 @@ class TrainConfig:
                 not pretrain or self.unlabeled_per_step > 0,
                 "1 or more with --mode=pretrain",
                 "choose 4",
+            ),
+            (
+                "optimizer",
+                self.optimizer in OPTIMIZERS,
+                f"one of {', '.join(OPTIMIZERS)}",
+                "choose one",
+            ),
+            (
+                "weight_averaging",
+                self.weight_averaging in AVERAGES,
+                f"one of {', '.join(AVERAGES)}",
+                "choose one",
             ),
             ("teacher_momentum", 0 <= self.teacher_momentum < 1, "in [0, 1)", "choose 0.99"),
             ("teacher_start", 0 <= self.teacher_start <= 1, "in [0, 1]", "choose 0.33"),

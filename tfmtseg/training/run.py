@@ -403,7 +403,7 @@ def _fit(
                 initial_epoch=first // steps,
                 steps_per_epoch=steps_per_epoch,
                 validation_data=distribute(strategy, held_out) if development else None,
-                validation_steps=compat.validation_steps(-(-len(development) // per_batch)),
+                validation_steps=-(-len(development) // per_batch),
                 shuffle=False,
                 verbose=0,
                 callbacks=callbacks,
