@@ -4,19 +4,10 @@
 #define TFMTSEG_INFO_NCE_CPU_H_
 
 #include <cstdint>
-#include <functional>
+
+#include "cpu_runtime.h"
 
 namespace tfmtseg {
-
-// Runs body(begin, end) over parts of [0, total), perhaps side by side. `cost` is about
-// the number of arithmetic operations of one unit.
-using ParallelFor = std::function<void(int64_t total, int64_t cost,
-                                       const std::function<void(int64_t, int64_t)>& body)>;
-
-// Gives memory, aligned to 64 bytes, that stays until InfoNceCpu returns. A caller that keeps it
-// for the next call spares the system giving out and clearing pages, a tenth of a small call's
-// time. Throws std::bad_alloc.
-using Allocate = std::function<void*(int64_t bytes)>;
 
 // Queries [n, d] and keys [m, d], row-major, as they are compared: normalised before, if at all.
 // Pointers that may be null say so; then nothing is left out for their reason.
@@ -52,9 +43,6 @@ struct InfoNceResult {
 
 // Never holds the n x m matrix: about 8 MB of it at most, or 48 rows where these are more, and
 // two copies of the keys. The same bits at any number of threads. Throws std::bad_alloc.
-//
-// The instruction set is chosen at run time. The environment variable TFMTSEG_INSTRUCTION_SET
-// (generic, avx2, avx512, avx512bf16) chooses a lower one than the processor has.
 void InfoNceCpu(const InfoNceProblem& problem, const ParallelFor& parallel_for,
                 const Allocate& allocate, const InfoNceResult& result);
 

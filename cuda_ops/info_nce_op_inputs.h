@@ -5,10 +5,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "op_kernel_shapes.h"
 #include "tensorflow/core/framework/op_kernel.h"
 
 namespace tfmtseg {
@@ -24,10 +24,6 @@ struct InfoNceInputs {
   const bool* key_mask;
   const float* row_weights;
 };
-
-inline std::string ShapeOf(const tensorflow::Tensor& tensor) {
-  return tensor.shape().DebugString();
-}
 
 // Reads the inputs of a kernel with the attributes of the op. Looks at no value but that of the
 // temperature, which has to be in host memory.

@@ -1,20 +1,15 @@
 // InfoNCE as TensorFlow OpKernels on CPU: validate, allocate, call info_nce_cpu.
 
-#define EIGEN_USE_THREADS
+#include "op_kernel_cpu.h"  // first: it sets up Eigen
 
-#include <algorithm>
-#include <atomic>
-#include <functional>
 #include <new>
 #include <type_traits>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "info_nce_cpu.h"
 #include "info_nce_op_inputs.h"
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/register_types.h"
-#include "tensorflow/core/util/work_sharder.h"
 
 namespace tensorflow {
 namespace {
@@ -46,39 +41,6 @@ absl::Status ReadProblem(OpKernelContext* context, const tfmtseg::InfoNceInputRe
   return absl::OkStatus();
 }
 
-// The rows as float32: the input itself, or a copy in `buffer`.
-template <typename T>
-absl::Status AsFloat(OpKernelContext* context, const Tensor& rows, Tensor* buffer,
-                     const float** result) {
-  if constexpr (std::is_same_v<T, float>) {
-    *result = rows.flat<float>().data();
-  } else {
-    TF_RETURN_IF_ERROR(context->allocate_temp(DT_FLOAT, rows.shape(), buffer));
-    buffer->flat<float>().device(context->eigen_device<Eigen::ThreadPoolDevice>()) =
-        rows.flat<T>().template cast<float>();
-    *result = buffer->flat<float>().data();
-  }
-  return absl::OkStatus();
-}
-
-// As tfmtseg::ParallelFor. Threads take the next part when they are done with one: parts dealt out
-// beforehand, as Shard does it, leave threads waiting at the end of each of the op's few steps.
-void ShareOut(const DeviceBase::CpuWorkerThreads& threads, int64_t total, int64_t cost,
-              const std::function<void(int64_t, int64_t)>& body) {
-  constexpr int64_t kWorthwhile = 50'000;  // operations, about 1 microsecond
-  const int64_t part = std::max<int64_t>(1, kWorthwhile / std::max<int64_t>(cost, 1));
-  const int64_t parts = (total + part - 1) / part;
-  const int64_t takers = std::min<int64_t>(threads.num_threads, parts);
-  std::atomic<int64_t> next{0};
-  const auto take = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < parts; i = next++) {
-      body(i * part, std::min(total, (i + 1) * part));
-    }
-  };
-  constexpr int64_t kLarge = int64_t{1} << 40;  // so that each taker is scheduled by itself
-  Shard(threads.num_threads, threads.workers, takers, kLarge, take);
-}
-
 template <typename T, bool gradients>
 class InfoNceOp : public OpKernel {
  public:
@@ -91,15 +53,16 @@ class InfoNceOp : public OpKernel {
     tfmtseg::InfoNceProblem problem;
     OP_REQUIRES_OK(context, ReadProblem(context, reader_, &inputs, &problem));
     Tensor query_buffer, key_buffer;
-    OP_REQUIRES_OK(context,
-                   AsFloat<T>(context, context->input(0), &query_buffer, &problem.queries));
-    OP_REQUIRES_OK(context, AsFloat<T>(context, context->input(1), &key_buffer, &problem.keys));
+    OP_REQUIRES_OK(context, tfmtseg::AsFloat<T>(context, context->input(0), &query_buffer,
+                                                &problem.queries));
+    OP_REQUIRES_OK(
+        context, tfmtseg::AsFloat<T>(context, context->input(1), &key_buffer, &problem.keys));
     problem.is_bfloat16 = std::is_same_v<T, bfloat16>;
 
     tfmtseg::InfoNceResult result = {};
     result.with_gradients = gradients;
     Tensor *losses = nullptr, *temperature = nullptr;
-    Gradient by_queries, by_keys;
+    tfmtseg::FloatOutput<T> by_queries, by_keys;
     OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape({problem.n}), &losses));
     result.losses = losses->flat<float>().data();
     if constexpr (gradients) {
@@ -107,25 +70,13 @@ class InfoNceOp : public OpKernel {
       OP_REQUIRES_OK(context, by_queries.Allocate(context, 1, context->input(0).shape()));
       OP_REQUIRES_OK(context, by_keys.Allocate(context, 2, context->input(1).shape()));
       OP_REQUIRES_OK(context, context->allocate_output(3, TensorShape({}), &temperature));
-      result.grad_queries = by_queries.values.template flat<float>().data();
-      result.grad_keys = by_keys.values.template flat<float>().data();
+      result.grad_queries = by_queries.data();
+      result.grad_keys = by_keys.data();
       result.grad_temperature = temperature->flat<float>().data();
     }
-    const tfmtseg::ParallelFor parallel_for = [context](
-                                                  int64_t total, int64_t cost,
-                                                  const std::function<void(int64_t, int64_t)>& body) {
-      ShareOut(*context->device()->tensorflow_cpu_worker_threads(), total, cost, body);
-    };
-    std::vector<Tensor> workspace;
-    const tfmtseg::Allocate allocate = [context, &workspace](int64_t bytes) -> void* {
-      Tensor& memory = workspace.emplace_back();
-      if (!context->allocate_temp(DT_INT8, TensorShape({bytes}), &memory).ok()) {
-        throw std::bad_alloc();
-      }
-      return memory.flat<int8_t>().data();
-    };
+    tfmtseg::Workspace workspace(context);
     try {
-      tfmtseg::InfoNceCpu(problem, parallel_for, allocate, result);
+      tfmtseg::InfoNceCpu(problem, tfmtseg::ParallelForOf(context), workspace.allocate(), result);
     } catch (const std::bad_alloc&) {
       context->CtxFailure(absl::ResourceExhaustedError(
           absl::StrCat("info_nce: not enough memory for queries of shape ",
@@ -140,28 +91,6 @@ class InfoNceOp : public OpKernel {
   }
 
  private:
-  // An output of type T, made as float32.
-  struct Gradient {
-    Tensor* output = nullptr;
-    Tensor values;
-
-    absl::Status Allocate(OpKernelContext* context, int index, const TensorShape& shape) {
-      TF_RETURN_IF_ERROR(context->allocate_output(index, shape, &output));
-      if constexpr (std::is_same_v<T, float>) {
-        values = *output;
-        return absl::OkStatus();
-      }
-      return context->allocate_temp(DT_FLOAT, shape, &values);
-    }
-
-    void Finish(OpKernelContext* context) {
-      if constexpr (!std::is_same_v<T, float>) {
-        output->flat<T>().device(context->eigen_device<Eigen::ThreadPoolDevice>()) =
-            values.flat<float>().template cast<T>();
-      }
-    }
-  };
-
   tfmtseg::InfoNceInputReader reader_;
 };
 

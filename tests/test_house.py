@@ -130,7 +130,7 @@ MAY_WRITE = {
     "tfmtseg/files.py": 1,
     "tfmtseg/experiment/run.py": 2,
     "tfmtseg/ops/build.py": 3,
-    "tfmtseg/training/callbacks.py": 2,
+    "tfmtseg/training/callbacks.py": 1,
     "tools/benchmark_info_nce.py": 2,
     "tools/gpu_check.py": 1,
 }

@@ -44,7 +44,7 @@ def make_run(name: str, scores: list[CaseScores], **changes) -> RunReport:
             "parameters": {"encoder": 1_100_000, "decoder": 80_000, "branch": 0},
             "tensorflow": "2.99.0",
             "keras": "3.98.0",
-            "info_nce_implementation": "native",
+            "ops_implementation": "native",
         },
         "summary": {
             "data": "Task04",

@@ -5,18 +5,9 @@ import pytest
 import scipy.ndimage
 import tensorflow as tf
 
-from tfmtseg.compat import keras
-from tfmtseg.models.blocks import GroupNormReLU, ResidualBlock, UpBlock, Upsample, group_norm_relu
+from tfmtseg.models.blocks import GroupNormReLU, ResidualBlock, UpBlock, Upsample
 
 SHAPE = (2, 3, 4, 5, 16)
-
-
-def inputs(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, gamma, beta and the gradient that arrives from above."""
-    random = np.random.default_rng(seed)
-    x = random.normal(0.5, 1.5, SHAPE) + random.normal(size=16)
-    values = x, random.normal(1, 0.5, 16), random.normal(size=16), random.normal(size=SHAPE)
-    return tuple(value.astype(np.float32) for value in values)
 
 
 def by_hand(x, gamma, beta, groups=8, epsilon=1e-5) -> np.ndarray:
@@ -32,127 +23,10 @@ def by_hand(x, gamma, beta, groups=8, epsilon=1e-5) -> np.ndarray:
     return np.maximum(result * np.float64(gamma) + np.float64(beta), 0)
 
 
-def test_group_norm_relu_matches_float64():
-    x, gamma, beta, _ = inputs()
-    np.testing.assert_allclose(
-        group_norm_relu(tf.constant(x), gamma, beta), by_hand(x, gamma, beta), atol=1e-5
-    )
-
-
-@pytest.mark.parametrize("groups", [1, 4, 16])
-def test_group_norm_relu_matches_the_layer_of_keras(groups):
-    x, gamma, beta, _ = inputs()
-    layer = keras.layers.GroupNormalization(groups, epsilon=1e-5)
-    layer.build(SHAPE)
-    layer.set_weights([gamma, beta])
-    result = group_norm_relu(tf.constant(x), gamma, beta, groups)
-    np.testing.assert_allclose(result, np.maximum(layer(x), 0), atol=1e-5)
-
-
-def gradients(function, dtype, upstream, *values) -> list[np.ndarray]:
-    values = [tf.cast(value, dtype) for value in values]
-    with tf.GradientTape() as tape:
-        tape.watch(values)
-        y = function(*values)
-    return [
-        g.numpy() for g in tape.gradient(y, values, output_gradients=tf.cast(upstream, y.dtype))
-    ]
-
-
-def plain(x, gamma, beta):
-    """The textbook formula, to be differentiated automatically."""
-    grouped = tf.reshape(x, (x.shape[0], -1, 8, x.shape[-1] // 8))
-    mean, variance = tf.nn.moments(grouped, (1, 3), keepdims=True)
-    normal = tf.reshape((grouped - mean) / tf.sqrt(variance + 1e-5), x.shape)
-    return tf.nn.relu(normal * gamma + beta)
-
-
-def test_group_norm_relu_gradients_are_those_of_the_plain_formula():
-    *values, upstream = inputs()
-    ours = gradients(group_norm_relu, tf.float32, upstream, *values)
-    right = gradients(plain, tf.float64, upstream, *values)
-    for name, gradient, expected in zip(("x", "gamma", "beta"), ours, right, strict=True):
-        assert np.abs(expected).max() > 1
-        np.testing.assert_allclose(gradient, expected, atol=5e-5, err_msg=name)
-
-
-def test_group_norm_relu_gradients_are_numerically_right():
-    *values, upstream = inputs()
-    ours = gradients(group_norm_relu, tf.float32, upstream, *values)
-    for i, gradient in enumerate(ours):
-        random = np.random.default_rng(i)
-        direction = random.normal(size=values[i].shape)
-        step = 1e-6
-
-        def objective(shift, i=i, direction=direction):
-            shifted = [np.float64(value) for value in values]
-            shifted[i] = shifted[i] + shift * direction
-            return np.sum(by_hand(*shifted) * upstream)
-
-        slope = (objective(step) - objective(-step)) / (2 * step)
-        assert np.sum(gradient * direction) == pytest.approx(slope, rel=1e-3)
-
-
-def test_group_norm_relu_keeps_float32_statistics_in_bfloat16():
-    # Sums of 32768 values near 3 stop growing at 512 when kept in bfloat16 (8 bits).
-    random = np.random.default_rng(0)
-    x = tf.cast(random.normal(3, 1, (1, 32, 32, 32, 8)), tf.bfloat16)
-    gamma, beta = np.linspace(0.5, 2, 8, dtype=np.float32), np.zeros(8, np.float32)
-    y = group_norm_relu(x, gamma, beta)
-    assert y.dtype == tf.bfloat16
-    expected = by_hand(tf.cast(x, tf.float64).numpy(), gamma, beta)
-    # Products up to 7 * 2 are rounded to 2**-8 of themselves.
-    difference = np.abs(tf.cast(y, tf.float64) - expected)
-    assert difference.max() < 0.1
-    assert difference.mean() < 0.02
-
-
-def test_group_norm_relu_gradients_in_bfloat16():
-    x, gamma, beta, upstream = inputs()
-    narrow = tf.cast(x, tf.bfloat16)
-    wide = tf.cast(narrow, tf.float64).numpy()
-    # Rounding may carry a value near 0 across the kink of ReLU: these get no gradient.
-    before_relu = by_hand(wide, gamma, beta) - by_hand(wide, -gamma, -beta)
-    upstream[np.abs(before_relu) < 0.1] = 0
-    with tf.GradientTape() as tape:
-        values = [narrow, tf.constant(gamma), tf.constant(beta)]
-        tape.watch(values)
-        y = group_norm_relu(*values)
-    ours = tape.gradient(y, values, tf.cast(upstream, tf.bfloat16))
-    assert [g.dtype for g in ours] == [tf.bfloat16, tf.float32, tf.float32]
-    right = gradients(plain, tf.float64, upstream, wide, gamma, beta)
-    for gradient, expected in zip(ours, right, strict=True):
-        # Three roundings to 2**-8 in each voxel.
-        error = np.abs(tf.cast(gradient, tf.float64) - expected)
-        assert error.max() < 0.02 * np.abs(expected).max()
-
-
-def test_group_norm_relu_with_unknown_sizes():
-    x, gamma, beta, upstream = inputs()
-
-    @tf.function(input_signature=[tf.TensorSpec([None, None, None, None, 16], tf.float32)])
-    def traced(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            y = group_norm_relu(x, gamma, beta)
-        assert y.shape.as_list() == [None, None, None, None, 16]
-        return y, tape.gradient(y, x, tf.constant(upstream)[: tf.shape(x)[0]])
-
-    for batch in (1, 2):
-        y, gradient = traced(x[:batch])
-        np.testing.assert_allclose(y, by_hand(x[:batch], gamma, beta), atol=1e-5)
-        eager = gradients(group_norm_relu, tf.float32, upstream[:batch], x[:batch], gamma, beta)
-        np.testing.assert_allclose(gradient, eager[0], atol=1e-5)
-
-
-def test_constant_volumes_are_finite():
-    x = np.full(SHAPE, 7.0, np.float32)
-    ours = gradients(group_norm_relu, tf.float32, np.ones(SHAPE), x, np.ones(16), np.ones(16))
-    assert all(np.isfinite(gradient).all() for gradient in ours)
-
-
 def test_group_norm_layer():
-    x, gamma, beta, _ = inputs()
+    random = np.random.default_rng(0)
+    x = random.normal(0.5, 1.5, SHAPE).astype(np.float32)
+    gamma, beta = random.normal(1, 0.5, 16), random.normal(size=16)
     layer = GroupNormReLU()
     np.testing.assert_allclose(layer(x), by_hand(x, np.ones(16), np.zeros(16)), atol=1e-5)
     layer.set_weights([gamma, beta])

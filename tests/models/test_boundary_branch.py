@@ -41,7 +41,7 @@ def batch(labels: np.ndarray, weights: list[float], features: tf.Tensor) -> Batc
         images=nothing, others=nothing, labels=tf.constant(labels, tf.int32),
         weights=tf.constant(weights, tf.float32), levels={}, features=features,
         encode=lambda x: {}, decode=lambda x: x,
-        seed=Seed(tf.constant([0, 0])), training=True, share=tf.ones(()),
+        seed=Seed.fixed(), training=True, share=tf.ones(()),
     )  # fmt: skip
 
 

@@ -125,12 +125,14 @@ def test_a_loss_is_refused():
         make().compile(optimizer="adam", loss="mse")
 
 
-def test_xla_is_off_unless_asked_for():
-    model = compiled()
+@pytest.mark.parametrize("method", ["encdec", "sscpcseg"])
+def test_xla_is_off(method):
+    model = make(method)
+    model.compile()
     assert not model.jit_compile
     model.compile(jit_compile="auto")  # Keras 3's default
     assert not model.jit_compile
-    with pytest.raises(ValueError, match=r"jit_compile: value is True, must be False with a cont"):
+    with pytest.raises(ValueError, match=r"jit_compile: value is True, must be False.*Fix: leave"):
         model.compile(jit_compile=True)
 
 

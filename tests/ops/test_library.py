@@ -194,3 +194,18 @@ def test_available_warns_once(cache, plain_sources, monkeypatch):
 def test_available():
     assert library.available()
     assert library.load().tfmtseg_probe([1.0]).twice.numpy() == [2]
+
+
+@pytest.mark.usefixtures("probe")
+def test_disabled_gives_way_to_plain_tensorflow():
+    assert library.choose() == library.choose("native") == "native"
+    with library.disabled():
+        assert library.choose() == library.choose("reference") == "reference"
+        with pytest.raises(NativeOpsError, match=r"it is disabled here. Fix: use implementation"):
+            library.choose("native")
+    assert library.choose() == "native"
+
+
+def test_unknown_implementations_are_refused():
+    with pytest.raises(ValueError, match="implementation: value is 'cuda', must be one of auto"):
+        library.choose("cuda")

@@ -211,5 +211,5 @@ def test_hostile_settings_file(tmp_path, text, words):
 def test_a_list_in_place_of_a_number_is_refused(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("crop: [[1, 2], 3, 4]")
-    with pytest.raises(InputError, match="setting 'crop' is .* must be of the kind 3 values"):
+    with pytest.raises(InputError, match=r"setting 'crop' is .* must be of the kind 3 values"):
         TrainConfig.from_mapping(read_settings(path), str(path))

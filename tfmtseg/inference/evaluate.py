@@ -53,8 +53,8 @@ def evaluate(model_dir: str | os.PathLike[str], split: str = "test") -> dict[str
         InputErrors: With every case that is missing or has a bad header.
     """
     run = load_run(model_dir)
-    cases = _cases(run, split)
-    labelled = _cases(run, "labeled")
+    cases = cases_of(run, split)
+    labelled = cases_of(run, "labeled")
     check_headers([*cases, *labelled])
     directory = _directory(run, split)
     prior = _fit_shape_prior(run, labelled)
@@ -127,7 +127,7 @@ def read_run_report(run: Run, split: str, name: str | None = None) -> RunReport:
         InputError: If the run was not evaluated on this split.
     """
     directory = _directory(run, split)
-    cases = {case.name: case for case in _cases(run, split)}
+    cases = {case.name: case for case in cases_of(run, split)}
     result = _read_json(run.directory / "result.json", "train the model to its end")
 
     def read_case(case_name: str) -> CaseVolumes:
@@ -163,7 +163,7 @@ def _prediction_path(run: Run, split: str, case: Case) -> Path:
     return _directory(run, split) / "predictions" / f"{case.name}.nii.gz"
 
 
-def _cases(run: Run, split: str) -> list[Case]:
+def cases_of(run: Run, split: str) -> list[Case]:
     """The cases of a split, which must all be there and have labels."""
     names = getattr(run.splits, split)
     known = {case.name: case for case in run.folder.cases if case.label is not None}
@@ -186,7 +186,7 @@ def _cases(run: Run, split: str) -> list[Case]:
 
 
 def _read_truth(run: Run, case: Case, geometry: Geometry) -> np.ndarray:
-    """The label map of a case, which `_cases` has made sure of."""
+    """The label map of a case, which `cases_of` has made sure of."""
     assert case.label is not None
     return read_label(
         case.label, max_label=run.regions.max_label, like=geometry, image=case.images[0]

@@ -427,7 +427,7 @@ def _run_facts(run: RunReport) -> dict[str, str]:
         "Unlabelled cases": result.get("num_unlabeled"),
         "Optimizer steps": result.get("train_steps"),
         "Parameters": ", ".join(parameters),
-        "InfoNCE implementation": result.get("info_nce_implementation") or "not used",
+        "Implementation of the ops": result.get("ops_implementation"),
         "Time": ", ".join(f"{what} {_duration(s)}" for what, s in seconds.items() if s is not None),
         "Trained with": _versions(result),
         "Evaluated with": _versions(summary.get("versions", {})),

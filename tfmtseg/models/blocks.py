@@ -13,10 +13,10 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
+from tfmtseg.ops import group_norm_relu
 from tfmtseg.ops.interpolation import interpolation_matrix
 
 GROUPS = 8
-EPSILON = 1e-5
 
 Factors = tuple[int, int, int]
 
@@ -38,76 +38,6 @@ def convolution(filters: int, size: int = 3, strides: Factors = (1, 1, 1), **kwa
     )
 
 
-def group_norm_relu(
-    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, groups: int = GROUPS, epsilon: float = EPSILON
-) -> tf.Tensor:
-    """`relu(group_norm(x))` with a gradient of its own.
-
-    The affine map of GroupNorm folds into one multiply-add per voxel, and the
-    gradient into another; automatic differentiation keeps and reads several more
-    arrays of the size of `x`. Statistics are float32 at any precision of `x`.
-
-    Args:
-        x: `(batch, x, y, z, channels)`, channels a multiple of `groups`.
-        gamma: Scale, float32, `(channels,)`.
-        beta: Offset, float32, `(channels,)`.
-        groups: Channel groups that share mean and variance.
-        epsilon: Added to the variance.
-
-    Returns:
-        The shape and type of `x`.
-
-    Reference:
-        [Wu and He, 2018](https://arxiv.org/abs/1803.08494), equations 1 to 3.
-    """
-    channels = x.shape[-1]
-    per_group = channels // groups
-
-    @tf.custom_gradient
-    def forward(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> Any:
-        # (batch, voxels, groups, channels of a group); statistics keep this rank and
-        # broadcast, which spares repeating them per channel.
-        shape = tf.shape(x)
-        grouped = tf.reshape(x, (shape[0], -1, groups, per_group))
-        count = tf.cast(tf.shape(grouped)[1] * per_group, tf.float32)
-
-        def group_mean(channel_sums: tf.Tensor) -> tf.Tensor:
-            return tf.reduce_sum(channel_sums, -1, keepdims=True) / count
-
-        def voxel_sum(values: tf.Tensor) -> tf.Tensor:
-            return tf.reduce_sum(tf.cast(values, tf.float32), 1, keepdims=True)
-
-        gamma = tf.reshape(gamma, (groups, per_group))
-        beta = tf.reshape(beta, (groups, per_group))
-        mean = group_mean(voxel_sum(grouped))
-        squares = tf.square(tf.cast(grouped, tf.float32))
-        variance = group_mean(tf.reduce_sum(squares, 1, keepdims=True)) - tf.square(mean)
-        rstd = tf.math.rsqrt(tf.maximum(variance, 0.0) + epsilon)
-        scale = rstd * gamma
-        offset = beta - mean * scale
-        y = tf.nn.relu(grouped * tf.cast(scale, x.dtype) + tf.cast(offset, x.dtype))
-
-        def gradient(dy: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-            d = tf.raw_ops.ReluGrad(gradients=tf.reshape(dy, tf.shape(y)), features=y)
-            d_sum = voxel_sum(d)
-            centred = voxel_sum(d * grouped) - d_sum * mean  # sum of d * (x - mean)
-            d_mean = group_mean(d_sum * gamma)
-            slope = group_mean(centred * gamma) * rstd * rstd
-            dx = (
-                d * tf.cast(scale, x.dtype)
-                - grouped * tf.cast(rstd * slope, x.dtype)
-                + tf.cast(rstd * (mean * slope - d_mean), x.dtype)
-            )
-            d_gamma = tf.reshape(tf.reduce_sum(centred * rstd, 0), [-1])
-            return tf.reshape(dx, shape), d_gamma, tf.reshape(tf.reduce_sum(d_sum, 0), [-1])
-
-        return tf.reshape(y, shape), gradient
-
-    y = forward(x, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
-    y.set_shape(x.shape)
-    return y
-
-
 @compat.register
 class GroupNormReLU(keras.layers.Layer):
     """GroupNorm followed by ReLU, statistics in float32.
@@ -122,6 +52,7 @@ class GroupNormReLU(keras.layers.Layer):
 
     def __init__(self, groups: int = GROUPS, **kwargs: Any):
         super().__init__(**kwargs)
+        self.supports_jit = False  # the op has no XLA form; Keras 3 then compiles without XLA
         self.groups = groups
 
     def build(self, input_shape: Any) -> None:

@@ -84,6 +84,15 @@ class Branch(keras.layers.Layer):
         """
         return None
 
+    def keys(self, batch: Batch) -> tf.Tensor | None:
+        """What a contrastive branch has to find, to look at.
+
+        Returns:
+            Float32, `(cases, places, length)`, in the order of the volumes the branch
+            learns from; None if nothing is contrasted.
+        """
+        return None
+
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """One float32 value or several, to be averaged, for each name in `shown`.
 

@@ -80,6 +80,10 @@ def temperature_weight(layer: Any) -> Any:
     )
 
 
+def _last_level(batch: Batch) -> Callable[[tf.Tensor], tf.Tensor]:
+    return lambda cubes: batch.encode(cubes)[LEVELS[-1]]
+
+
 @compat.register
 class ContrastiveBranch(Branch):
     """Predicts the codes of one half of the volume from the other half (CPC).
@@ -173,12 +177,12 @@ class ContrastiveBranch(Branch):
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from the volumes without a label, where there are any."""
-        return self(
-            batch.others,
-            encode=lambda cubes: batch.encode(cubes)[LEVELS[-1]],
-            seed=batch.seed,
-            real=batch.share > 0,
-        )
+        return self(batch.others, encode=_last_level(batch), seed=batch.seed, real=batch.share > 0)
+
+    def keys(self, batch: Batch) -> tf.Tensor:
+        """See `Branch`: the codes."""
+        codes = self._codes(batch.others, _last_level(batch))
+        return tf.reshape(codes, (-1, math.prod(codes.shape[1:4]), self.channels))
 
     def call(
         self,
@@ -188,13 +192,18 @@ class ContrastiveBranch(Branch):
         real: tf.Tensor | bool = True,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
+        codes = self._codes(images, encode)
         grid = grid_shape(images.shape[1:4], self.cube_size)
-        features = encode(extract_cubes(images, self.cube_size))
-        codes = tf.reduce_mean(tf.cast(features, tf.float32), (1, 2, 3))
-        codes = tf.reshape(codes, (-1, *grid, self.channels))
         if self.form == "repaired":
             return self._repaired(codes, grid, real)
-        return self._paper(codes, grid, Seed(tf.constant([0, 0])) if seed is None else seed)
+        return self._paper(codes, grid, Seed.fixed() if seed is None else seed)
+
+    def _codes(self, images: tf.Tensor, encode: Callable[[tf.Tensor], tf.Tensor]) -> tf.Tensor:
+        """Codes on their grid, `(batch, x, y, z, channels)`, float32."""
+        features = encode(extract_cubes(images, self.cube_size))
+        codes = tf.reduce_mean(tf.cast(features, tf.float32), (1, 2, 3))
+        grid = grid_shape(images.shape[1:4], self.cube_size)
+        return tf.reshape(codes, (-1, *grid, self.channels))
 
     def _predict(self, context: tf.Tensor) -> tf.Tensor:
         x = tf.cast(context, self.compute_dtype)

@@ -136,12 +136,11 @@ class DenseContrastiveBranch(Branch):
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from all volumes."""
-        return self(
-            batch.images,
-            describe=lambda views: batch.decode(batch.encode(views)),
-            seed=batch.seed,
-            real=batch.share > 0,
-        )
+        return self(batch.images, describe=_decoded(batch), seed=batch.seed, real=batch.share > 0)
+
+    def keys(self, batch: Batch) -> tf.Tensor:
+        """See `Branch`: the places of the second view."""
+        return self._views(batch.images, _decoded(batch), batch.seed)[1]
 
     def call(
         self,
@@ -151,20 +150,7 @@ class DenseContrastiveBranch(Branch):
         real: tf.Tensor | bool = True,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
-        crop = images.shape[1:4]
-        size = view_shape(crop, self.strides)
-        room = np.subtract(crop, size)
-        seeds = (Seed(tf.constant([0, 0])) if seed is None else seed).split(3)
-        chances = tf.random.stateless_uniform((2, 3), seeds[0].pair)
-        offsets = tf.cast(chances * tf.cast(room + 1, tf.float32), tf.int32)
-        start = tf.reduce_max(offsets, 0)  # from here on, both views show `size - room` voxels
-        places = []
-        for i in range(2):
-            view = _box(images, offsets[i], size)
-            features = describe(change_intensities(view, seeds[1 + i]))
-            common = _box(features, start - offsets[i], np.subtract(size, room))
-            places.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
-        queries, keys = places
+        queries, keys = self._views(images, describe, seed)
         return contrast(
             queries,
             keys,
@@ -174,6 +160,28 @@ class DenseContrastiveBranch(Branch):
             real,
             self.across_cases,
         )
+
+    def _views(
+        self,
+        images: tf.Tensor,
+        describe: Callable[[tf.Tensor], tf.Tensor],
+        seed: Seed | None,
+    ) -> list[tf.Tensor]:
+        """The places of both views, projected, `(batch, places, LENGTH)`."""
+        crop = images.shape[1:4]
+        size = view_shape(crop, self.strides)
+        room = np.subtract(crop, size)
+        seeds = (Seed.fixed() if seed is None else seed).split(3)
+        chances = tf.random.stateless_uniform((2, 3), seeds[0].pair)
+        offsets = tf.cast(chances * tf.cast(room + 1, tf.float32), tf.int32)
+        start = tf.reduce_max(offsets, 0)  # from here on, both views show `size - room` voxels
+        places = []
+        for i in range(2):
+            view = _box(images, offsets[i], size)
+            features = describe(change_intensities(view, seeds[1 + i]))
+            common = _box(features, start - offsets[i], np.subtract(size, room))
+            places.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
+        return places
 
     def _project(self, features: tf.Tensor) -> tf.Tensor:
         """Maps `(batch, x, y, z, channels)` to `(batch, places, LENGTH)`, float32."""
@@ -190,6 +198,10 @@ class DenseContrastiveBranch(Branch):
             "negatives": self.negatives,
         }
         return {**super().get_config(), **config}
+
+
+def _decoded(batch: Batch) -> Callable[[tf.Tensor], tf.Tensor]:
+    return lambda views: batch.decode(batch.encode(views))
 
 
 def _box(volumes: tf.Tensor, start: tf.Tensor, size: Sequence[int]) -> tf.Tensor:

@@ -239,24 +239,23 @@ class Segmenter(compat.Model):
         Args:
             optimizer: Any Keras optimizer.
             loss: Must be None: the model carries its losses.
-            **kwargs: As for `keras.Model.compile`. XLA is off unless asked for: it makes
-                3D convolutions on CPU about ten times slower.
+            **kwargs: As for `keras.Model.compile`, without XLA: the native ops have no
+                XLA form, and it makes 3D convolutions on CPU about ten times slower.
 
         Raises:
-            ValueError: If a loss is given, or XLA asked for with a contrastive branch.
+            ValueError: If a loss is given, or XLA asked for.
         """
         if loss is not None:
             raise ValueError(
                 f"loss: value is {loss!r}, must be None. Fix: leave it out, "
                 "Segmenter carries the losses of its method."
             )
-        contrastive = METHODS[self.method].branch == "contrastive"
-        if contrastive and kwargs.get("jit_compile") is True:
+        if kwargs.get("jit_compile") is True:
             raise ValueError(
-                f"jit_compile: value is {kwargs['jit_compile']!r}, must be False with a "
-                "contrastive branch, whose op has no XLA form. Fix: leave it out."
+                f"jit_compile: value is {kwargs['jit_compile']!r}, must be False: the native ops "
+                "have no XLA form. Fix: leave it out."
             )
-        kwargs["jit_compile"] = kwargs.get("jit_compile") is True
+        kwargs["jit_compile"] = False  # Keras 3's own choice may be True
         super().compile(optimizer=optimizer, **kwargs)
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
@@ -318,8 +317,7 @@ class Segmenter(compat.Model):
         whole, with_label, without = kinds["images"], kinds["labels"], kinds["others"]
 
         def seed(purpose: int, kind: _Kind) -> Seed:
-            fixed = Seed(tf.constant([0, 0]), kind.first)
-            return self._seed(purpose, kind.first) if training else fixed
+            return self._seed(purpose, kind.first) if training else Seed.fixed(kind.first)
 
         def encode(volumes: tf.Tensor, purpose: int, kind: _Kind) -> dict[str, tf.Tensor]:
             if not training:

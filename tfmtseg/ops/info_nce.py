@@ -9,7 +9,6 @@ import tensorflow as tf
 from tfmtseg.ops import library, native, reference
 from tfmtseg.ops.reference import Candidates
 
-IMPLEMENTATIONS = ("auto", "native", "reference")
 REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -57,9 +56,8 @@ def info_nce(
         row_weights: Floats `(N,)`, factors of the losses.
         reduction: `"none"`, `"sum"`, or `"mean"`: the sum divided by that of the
             weights, or by `N` without weights.
-        implementation: `"native"` is the op of `cuda_ops/`, built on first use;
-            `"reference"` plain TensorFlow; `"auto"` native where it can be had, else
-            reference with one warning. The native op does not run under XLA.
+        implementation: As for `tfmtseg.ops.library.choose`. The native op does not run
+            under XLA.
 
     Returns:
         Float32, `(N,)`, or `()` when reduced. Differentiable in `queries`, `keys`,
@@ -77,12 +75,11 @@ def info_nce(
         [van den Oord et al., 2018](https://arxiv.org/abs/1807.03748), equation 4;
         [Khosla et al., 2020](https://arxiv.org/abs/2004.11362), equation 2.
     """
-    for name, value, known in (
-        ("implementation", implementation, IMPLEMENTATIONS),
-        ("reduction", reduction, REDUCTIONS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: value is {value!r}, must be one of {', '.join(known)}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"reduction: value is {reduction!r}, must be one of {', '.join(REDUCTIONS)}"
+        )
+    backend = native if library.choose(implementation) == "native" else reference
     queries, keys = _rows(queries, keys, normalize)
     if (query_labels is None) != (key_labels is None):
         raise ValueError("query_labels, key_labels: one is None, must be both or neither")
@@ -97,7 +94,6 @@ def info_nce(
         key_ids,
         key_mask,
     )
-    backend = native if choose(implementation) == "native" else reference
     temperature = _positive(temperature)
     weights = None
     if row_weights is not None:
@@ -200,19 +196,6 @@ def retrieval_accuracy(
     queries, keys = _rows(tf.stop_gradient(queries), tf.stop_gradient(keys), normalize)
     candidates = _candidates(queries, keys, positives, None, query_ids, key_ids, key_mask)
     return reference.accuracies(queries, keys, candidates)
-
-
-def choose(implementation: str = "auto") -> str:
-    """`"native"` or `"reference"`: what `implementation` comes to on this machine.
-
-    Raises:
-        tfmtseg.ops.library.NativeOpsError: If `"native"` is asked for and cannot be had.
-    """
-    if implementation == "native":
-        library.load()
-    elif implementation == "reference" or not library.available():
-        return "reference"
-    return "native"
 
 
 def _each(

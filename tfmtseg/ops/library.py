@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -20,10 +23,57 @@ import tensorflow as tf
 from tfmtseg.errors import NativeOpsError
 from tfmtseg.ops.record import Record, read_record
 
+IMPLEMENTATIONS = ("auto", "native", "reference")
+
 _SETTING = "TFMTSEG_NATIVE_OPS"
 _lock = threading.RLock()
 _loaded: tuple[ModuleType, Record] | None = None
 _reason: str | None = None  # why `available` is False, once asked
+_disabled = contextvars.ContextVar("disabled", default=False)
+
+
+def choose(implementation: str = "auto") -> str:
+    """`"native"` or `"reference"`: what `implementation` comes to here.
+
+    Args:
+        implementation: `"native"` is the op of `cuda_ops/`, built on first use;
+            `"reference"` plain TensorFlow; `"auto"` native where it can be had, else
+            reference with one warning.
+
+    Raises:
+        ValueError: If the name is unknown.
+        NativeOpsError: If `"native"` is asked for and cannot be had.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation: value is {implementation!r}, must be one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
+        )
+    if implementation == "native":
+        if _disabled.get():
+            raise NativeOpsError(
+                "loading the native op library",
+                "it is disabled here",
+                'use implementation="auto", or leave tfmtseg.ops.library.disabled()',
+            )
+        load()
+    elif implementation == "reference" or _disabled.get() or not available():
+        return "reference"
+    return "native"
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Inside, this thread takes plain TensorFlow where it may choose.
+
+    For graphs that have to run without the library, or under XLA, which does not know
+    its ops: trace them inside. What was traced before keeps its ops.
+    """
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
 
 
 def load() -> ModuleType:

@@ -1,4 +1,4 @@
-"""InfoNCE by the op of `cuda_ops/`, in the form of `tfmtseg.ops.reference`."""
+"""The ops of `cuda_ops/`, in the form of `tfmtseg.ops.reference`."""
 
 from __future__ import annotations
 
@@ -52,3 +52,25 @@ def _inputs(
         "has_ids": candidates.query_ids is not None,
         "has_mask": candidates.key_mask is not None,
     }
+
+
+@tf.autograph.experimental.do_not_convert
+def group_norm_relu(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, groups: int, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """As `reference.group_norm_relu`."""
+    return library.load().tfmtseg_group_norm_relu(x, gamma, beta, groups=groups, epsilon=epsilon)
+
+
+@tf.autograph.experimental.do_not_convert
+def group_norm_relu_gradients(
+    upstream: tf.Tensor,
+    x: tf.Tensor,
+    y: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    mean: tf.Tensor,
+    rstd: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """As `reference.group_norm_relu_gradients`; does without `y`."""
+    return library.load().tfmtseg_group_norm_relu_gradients(upstream, x, gamma, beta, mean, rstd)

@@ -1,6 +1,6 @@
-"""InfoNCE in plain TensorFlow: the twin, the oracle and the fallback of the native op.
+"""The native ops in plain TensorFlow: their twins, oracles and fallbacks.
 
-The rows of the similarity matrix are worked on in chunks, so that memory grows with
+InfoNCE works on the rows of the similarity matrix in chunks, so that memory grows with
 chunk x keys and not with queries x keys.
 """
 
@@ -217,3 +217,93 @@ def accuracies(queries: tf.Tensor, keys: tf.Tensor, candidates: Candidates) -> t
         return (tf.cast(best[0] > best[1], tf.float32),)
 
     return _in_chunks(queries, keys, work, [()], [])[0]
+
+
+def group_norm_relu(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, groups: int, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """ReLU of GroupNorm.
+
+    Args:
+        x: Float, `(batch, x, y, z, channels)`.
+        gamma: Float32, `(channels,)`.
+        beta: Float32, `(channels,)`.
+        groups: Channel groups that share mean and variance.
+        epsilon: Added to the variance.
+
+    Returns:
+        The result, of the shape and type of `x`, and float32 `(batch, groups)`: mean and
+        1 / sqrt(variance + epsilon). Not differentiable here; see
+        `group_norm_relu_gradients`.
+    """
+    grouped = _by_groups(x, groups)
+    mean = _group_mean(_voxel_sum(grouped), x)
+    # Not the mean of squares less the squared mean, which cancel where the mean is large.
+    squares = tf.math.squared_difference(grouped, mean)
+    rstd = tf.math.rsqrt(_group_mean(_voxel_sum(squares), x) + epsilon)
+    # The affine map folds into one multiply-add per voxel.
+    scale = rstd * tf.reshape(gamma, (groups, -1))
+    offset = tf.reshape(beta, (groups, -1)) - mean * scale
+    y = tf.cast(tf.nn.relu(grouped * scale + offset), x.dtype)
+    return tf.reshape(y, tf.shape(x)), mean[:, 0, :, 0], rstd[:, 0, :, 0]
+
+
+def group_norm_relu_gradients(
+    upstream: tf.Tensor,
+    x: tf.Tensor,
+    y: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    mean: tf.Tensor,
+    rstd: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """The gradients of `group_norm_relu`, from what it was given and what it returned.
+
+    Automatic differentiation would keep and read several more arrays of the size of `x`.
+
+    Args:
+        upstream: The gradient of `y`.
+        x: As for `group_norm_relu`, like `gamma` and `beta`.
+        y: The results of `group_norm_relu`, like `mean` and `rstd`.
+        gamma: See `x`.
+        beta: See `x`.
+        mean: See `y`.
+        rstd: See `y`.
+
+    Returns:
+        The gradients of `x`, `gamma` and `beta`, in their shapes and types.
+    """
+    groups = mean.shape[1]
+    grouped = _by_groups(x, groups)
+    gamma = tf.reshape(gamma, (groups, -1))
+    mean, rstd = mean[:, None, :, None], rstd[:, None, :, None]
+    d = tf.raw_ops.ReluGrad(gradients=_by_groups(upstream, groups), features=_by_groups(y, groups))
+    d_sum = _voxel_sum(d)
+    centred = _voxel_sum(d * grouped) - d_sum * mean  # sum of d * (x - mean)
+    d_mean = _group_mean(d_sum * gamma, x)
+    slope = _group_mean(centred * gamma, x) * rstd * rstd
+    dx = d * (rstd * gamma) - grouped * (rstd * slope) + rstd * (mean * slope - d_mean)
+    d_gamma = tf.reshape(tf.reduce_sum(centred * rstd, 0), [-1])
+    d_beta = tf.reshape(tf.reduce_sum(d_sum, 0), [-1])
+    return tf.cast(tf.reshape(dx, tf.shape(x)), x.dtype), d_gamma, d_beta
+
+
+def _by_groups(x: tf.Tensor, groups: int) -> tf.Tensor:
+    """As float32 `(batch, voxels, groups, channels of a group)`; statistics keep this rank."""
+    shape = (tf.shape(x)[0], _voxels(x), groups, x.shape[-1] // groups)
+    return tf.cast(tf.reshape(x, shape), tf.float32)
+
+
+def _voxels(x: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_prod(tf.shape(x)[1:-1])
+
+
+def _voxel_sum(values: tf.Tensor) -> tf.Tensor:
+    """`(batch, 1, groups, channels of a group)`."""
+    return tf.reduce_sum(values, 1, keepdims=True)
+
+
+def _group_mean(voxel_sums: tf.Tensor, x: tf.Tensor) -> tf.Tensor:
+    """`(batch, 1, groups, 1)`, from sums over the voxels of `x`."""
+    count = tf.cast(_voxels(x) * voxel_sums.shape[-1], tf.float32)
+    return tf.math.divide_no_nan(tf.reduce_sum(voxel_sums, -1, keepdims=True), count)

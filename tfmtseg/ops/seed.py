@@ -26,6 +26,11 @@ class Seed(NamedTuple):
     pair: tf.Tensor
     first: tf.Tensor | int = 0
 
+    @classmethod
+    def fixed(cls, first: tf.Tensor | int = 0) -> Seed:
+        """The seed outside training: the same numbers every time."""
+        return cls(tf.constant([0, 0]), first)
+
     def split(self, count: int) -> list[Seed]:
         """Independent seeds for the same rows, as `stateless_split` makes them."""
         pairs = tf.unstack(tf.random.experimental.stateless_split(self.pair, count))

@@ -38,9 +38,8 @@ from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import write_json, write_text
 from tfmtseg.models.blocks import Factors
-from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import Segmenter
-from tfmtseg.ops.info_nce import choose
+from tfmtseg.ops import library
 from tfmtseg.regions import Regions
 from tfmtseg.training.callbacks import (
     Checkpoints,
@@ -135,7 +134,6 @@ def train(config: TrainConfig) -> dict[str, Any]:
     num_labeled, num_unlabeled = len(splits.labeled), len(splits.unlabeled)
     if config.mode == "pretrain":
         num_labeled, num_unlabeled = 0, num_labeled + num_unlabeled
-    contrastive = METHODS[config.method].branch == "contrastive"
     result = {
         "method": config.method,
         "mode": config.mode,
@@ -149,7 +147,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "num_replicas": strategy.num_replicas_in_sync,
         "parameters": model.count_parameters(),
         **compat.versions(),
-        "info_nce_implementation": choose() if contrastive else None,
+        "ops_implementation": library.choose(),
         "history_file": "history.csv",
     }
     if writes(strategy):
@@ -475,16 +473,20 @@ class Run:
         return self._forward(images).numpy()
 
 
-def load_run(model_dir: str | os.PathLike[str]) -> Run:
+def load_run(model_dir: str | os.PathLike[str], segments: bool = True) -> Run:
     """Reads a finished run from its folder.
+
+    Args:
+        model_dir: The folder.
+        segments: Whether the model has to segment, which a pretraining's does not.
 
     Raises:
         InputError: If the folder holds no run, one that is not finished, or a
-            pretraining, which segments nothing.
+            pretraining where the model has to segment.
     """
     directory = Path(model_dir)
     model, modalities = load_model(directory)
-    if model.pretraining:
+    if segments and model.pretraining:
         raise InputError(
             directory, "training run", "a pretraining", "a run of --mode=train",
             f"train with --init_checkpoint={directory}",

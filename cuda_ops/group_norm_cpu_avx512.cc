@@ -1,0 +1,5 @@
+// GroupNorm and ReLU on CPU, compiled for the instruction set in this file's name.
+
+#define TFMTSEG_SET group_norm_avx512
+
+#include "group_norm_cpu_rows.h"

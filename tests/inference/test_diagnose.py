@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.data.splits import Splits
+from tfmtseg.inference import diagnose as diagnose_module
+from tfmtseg.inference.diagnose import RIDGE, LinearProbe, accuracy_by_place, diagnose
+from tfmtseg.regions import Regions
+from tfmtseg.training.config import TrainConfig
+from tfmtseg.training.run import Run, make_model
+
+
+def test_keys_that_show_their_place_are_found_by_it():
+    # Three places with codes along the axes, in two cases that differ by a little.
+    places = np.eye(3, dtype=np.float32)
+    keys = np.stack([places, 2 * places + 0.1])
+    assert accuracy_by_place(places, tf.constant(keys)) == 1
+    # With codes of other places, each is mistaken for its neighbour.
+    assert accuracy_by_place(np.roll(places, 1, axis=0), tf.constant(keys)) == 0
+
+
+def test_the_same_place_in_another_case_is_no_candidate():
+    """Else the second case, nearer to the mean, would be found in place of the first."""
+    places = np.eye(3, dtype=np.float32)
+    keys = np.stack([places + 0.3, places])
+    assert accuracy_by_place(places, tf.constant(keys)) == 1
+
+
+def test_probe_against_newtons_method():
+    rng = np.random.default_rng(0)
+    features = rng.normal(3, 2, (400, 2))
+    mask = features @ [1, -1] + rng.normal(0, 1, 400) > 0.5
+    probe = LinearProbe(features, mask[:, None])
+    inputs = np.column_stack([(features - features.mean(0)) / features.std(0), np.ones(400)])
+    weights = np.zeros(3)
+    for _ in range(20):
+        p = 1 / (1 + np.exp(-inputs @ weights))
+        gradient = inputs.T @ (p - mask) / 400 + 2 * RIDGE * weights
+        hessian = (inputs.T * (p * (1 - p))) @ inputs / 400 + 2 * RIDGE * np.eye(3)
+        weights -= np.linalg.solve(hessian, gradient)
+    # L-BFGS stops when the loss changes by less than 2e-9 of itself.
+    np.testing.assert_allclose(probe.weights[:, 0], weights, atol=2e-3)
+    np.testing.assert_array_equal(probe.predict(features[:5])[:, 0], inputs[:5] @ weights > 0)
+
+
+def test_places_have_the_label_of_the_voxel_in_their_middle():
+    images = tf.random.stateless_normal((2, 8, 8, 4, 1), [0, 1])
+    labels = (images[..., 0] > 0).numpy().astype(np.uint8)
+    model = SimpleNamespace(
+        encoder=lambda x: {"h0": x, "h1": x[:, 1::2, 1::2], "h2": x[:, 2::4, 2::4, 1::2]},
+        decoder=lambda levels: levels["h0"],
+        regions=Regions.exclusive(["bright"]),
+    )
+    found = diagnose_module._features(model, images, labels)
+    assert [len(features) for features, _ in found.values()] == [512, 128, 16, 512]
+    for features, masks in found.values():
+        np.testing.assert_array_equal(masks, features > 0)
+
+
+@pytest.mark.parametrize("form", ["repaired", "dense"])
+def test_a_run_is_measured(tmp_path, monkeypatch, form):
+    write_phantoms(tmp_path / "data", 4, shape=(20, 20, 20))
+    config = TrainConfig(
+        data_dir=str(tmp_path / "data"), model_dir=str(tmp_path / "run"), method="sscpcseg",
+        contrastive_form=form, regions="brats_msd", width=8, predictor_blocks=1,
+        crop=(16, 16, 16), cube_size=(8, 8, 8), strides=((2, 2, 2),) * 3,
+    )  # fmt: skip
+    folder = read_data_folder(config.data_dir)
+    names = [case.name for case in folder.cases]
+    splits = Splits((names[0],), (names[1],), tuple(names[2:]), ())
+    model = make_model(config, Regions.parse(config.regions))
+    model.build((None, 16, 16, 16, len(folder.modalities)))
+    run = Run(tmp_path / "run", config, folder.modalities, splits, model)
+    monkeypatch.setattr(diagnose_module, "load_run", lambda model_dir, segments: run)
+    result = diagnose(config.model_dir)
+    path = tmp_path / "run" / "diagnosis" / "development.json"
+    assert json.loads(path.read_text()) == result
+    assert result["cases"] == 2
+    contrast = result["contrast"]
+    # 2 cases of 27 cubes without the other case's cube at the place; views of 16 voxels
+    # have no room, and show 6 x 6 x 6 places.
+    candidates = {"repaired": 2 * 27 - 1, "dense": 2 * 216 - 1}[form]
+    assert contrast["chance"] == pytest.approx(math.log(candidates))
+    assert 0 <= contrast["accuracy"] <= 1
+    assert 0 <= contrast["accuracy_by_place"] <= 1
+    assert contrast["loss"] > 0
+    assert list(result["probe"]) == ["h0", "h1", "h2", "h3", "decoder"]
+    # The largest region is brighter than the rest: even untrained features tell it apart.
+    assert 0.1 < result["probe"]["h0"] <= 1

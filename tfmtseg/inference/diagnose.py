@@ -1,0 +1,241 @@
+"""What the features of a trained network hold, measured on cases it was not trained on.
+
+Answers, for the question whether a contrastive task helps a segmentation:
+
+* Is the task learned? Loss and accuracy on held-out cases, beside chance.
+* Could it be solved without looking? The accuracy of a search by place: each key is looked
+  for by the mean of the keys at its place in the training cases.
+* Do the features know the labels? The Dice score of a linear probe on each level.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from scipy.optimize import minimize
+from scipy.special import expit
+from tqdm import tqdm
+
+from tfmtseg.data.cache import Record, build_cache
+from tfmtseg.data.pipeline import held_out_batches
+from tfmtseg.files import write_json
+from tfmtseg.inference.evaluate import cases_of
+from tfmtseg.metrics.dice import dice_score
+from tfmtseg.models.branch import Batch
+from tfmtseg.models.segmenter import Segmenter
+from tfmtseg.ops import retrieval_accuracy
+from tfmtseg.ops.seed import Seed
+from tfmtseg.training.run import Run, load_run
+
+ROUNDS = 4  # patches of each case
+PROBE_VOXELS = 4096  # of each training patch and level that the probe learns from
+RIDGE = 1e-4  # factor of the squared weights of the probe
+
+
+def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> dict[str, Any]:
+    """Measures a finished run and writes `MODEL_DIR/diagnosis/SPLIT.json`.
+
+    The probe learns from the run's labelled cases, the means of the search by place come
+    from all its training cases. Patches are fixed by the run's seed.
+
+    Args:
+        model_dir: Folder of the run; a pretraining will do.
+        split: `"test"` or `"development"`: the cases to measure on.
+
+    Returns:
+        What is written: `contrast` with `loss`, `accuracy`, `chance` (nats) and
+        `accuracy_by_place`, for runs with a contrastive branch; `probe` with the mean
+        Dice score of each level.
+
+    Raises:
+        InputError: If the folder holds no finished run, or the split is empty.
+    """
+    run = load_run(model_dir, segments=False)
+    config = run.config
+    labelled, held_out = cases_of(run, "labeled"), cases_of(run, split)
+    others = {case.name: case for case in run.folder.cases}
+    unlabelled = [others[name].without_label() for name in run.splits.unlabeled if name in others]
+    records = build_cache(
+        [*labelled, *held_out, *unlabelled],
+        Path(config.cache_dir or run.directory / "cache"),
+        num_modalities=len(run.modalities),
+        max_label=run.regions.max_label,
+    )
+    training = [*records[: len(labelled)], *records[len(labelled) + len(held_out) :]]
+    held_out_records = records[len(labelled) :][: len(held_out)]
+    result: dict[str, Any] = {"split": split, "cases": len(held_out), "rounds": ROUNDS}
+    contrast = _contrast(run, training, held_out_records)
+    if contrast:
+        result["contrast"] = contrast
+    result["probe"] = _probe(run, records[: len(labelled)], held_out_records)
+    write_json(run.directory / "diagnosis" / f"{split}.json", result)
+    return result
+
+
+def _patches(run: Run, records: Sequence[Record], per_batch: int, what: str) -> Any:
+    """Images and label maps of `ROUNDS` patches of each case, unchanged, with a bar."""
+    rounds = [
+        held_out_batches(
+            records,
+            run.config.crop,
+            per_batch=per_batch,
+            foreground_probability=run.config.foreground_probability,
+            seed=run.config.seed + i,
+        )
+        for i in range(ROUNDS)
+    ]
+    total = ROUNDS * -(-len(records) // per_batch)
+    chained = (element for batches in rounds for element in batches)
+    for images, labels, _ in tqdm(chained, desc=what, total=total, unit="batch"):
+        yield images, labels.numpy()
+
+
+def _contrast(
+    run: Run, training: Sequence[Record], held_out: Sequence[Record]
+) -> dict[str, float] | None:
+    """Loss and accuracies of the contrastive branch; None without one."""
+    branch = run.model.branch
+    if branch is None or "accuracy" not in branch.shown:
+        return None
+    per_batch = run.config.unlabeled_per_step
+    sums: list[np.ndarray] = [
+        tf.reduce_sum(branch.keys(_batch(run.model, images)), 0).numpy()
+        for images, _ in _patches(run, training, per_batch, "Keys by place")
+    ]
+    means = np.sum(sums, axis=0)  # their lengths do not matter
+    found: dict[str, list[float]] = {name: [] for name in (*branch.shown, "accuracy_by_place")}
+    for images, _ in _patches(run, held_out, per_batch, "Contrast"):
+        batch = _batch(run.model, images)
+        for name, value in branch.learn(batch).items():
+            found[name].append(float(tf.reduce_mean(value)))
+        found["accuracy_by_place"].append(accuracy_by_place(means, branch.keys(batch)))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _batch(model: Segmenter, images: tf.Tensor) -> Batch:
+    """Images without labels, as a branch sees them outside training."""
+    none = tf.zeros((0,))
+    return Batch(
+        images=images,
+        others=images,
+        labels=none,
+        weights=none,
+        levels={},
+        features=None,
+        encode=model.encoder,
+        decode=model.decoder,
+        seed=Seed.fixed(),
+        training=False,
+        share=tf.ones(()),
+    )
+
+
+def accuracy_by_place(means: np.ndarray, keys: tf.Tensor) -> float:
+    """How many keys are found by the mean key of their place.
+
+    The candidates are those of the contrastive task: all keys but those at the same
+    place in other cases.
+
+    Args:
+        means: Float32, `(places, length)`.
+        keys: Float32, `(cases, places, length)`.
+    """
+    cases, places, length = keys.shape
+    ids = tf.tile(tf.range(places), [cases])
+    found = retrieval_accuracy(
+        tf.tile(tf.constant(means), [cases, 1]),
+        tf.reshape(keys, (-1, length)),
+        query_ids=ids,
+        key_ids=ids,
+    )
+    return float(tf.reduce_mean(found))
+
+
+def _probe(run: Run, training: Sequence[Record], held_out: Sequence[Record]) -> dict[str, float]:
+    """Mean Dice score over cases and regions of a linear probe on each level."""
+    chosen = np.random.default_rng(run.config.seed)
+    samples: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+    for images, labels in _patches(run, training, 1, "Probe: features"):
+        for level, (features, masks) in _features(run.model, images, labels).items():
+            some = chosen.permutation(len(features))[:PROBE_VOXELS]
+            samples.setdefault(level, []).append((features[some], masks[some]))
+    probes = {
+        level: LinearProbe(*map(np.concatenate, zip(*pairs, strict=True)))
+        for level, pairs in samples.items()
+    }
+    # Patches of a case follow each other in steps of the number of cases.
+    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {level: [] for level in probes}
+    for images, labels in _patches(run, held_out, 1, "Probe: scores"):
+        for level, (features, masks) in _features(run.model, images, labels).items():
+            found[level].append((probes[level].predict(features), masks))
+    scores = {}
+    for level, pairs in found.items():
+        by_case = [pairs[i :: len(held_out)] for i in range(len(held_out))]
+        scores[level] = float(np.mean([_case_dice(pairs) for pairs in by_case]))
+    return scores
+
+
+def _case_dice(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
+    predicted, truth = map(np.concatenate, zip(*pairs, strict=True))
+    return float(np.mean([dice_score(p, t) for p, t in zip(predicted.T, truth.T, strict=True)]))
+
+
+def _features(
+    model: Segmenter, images: tf.Tensor, labels: np.ndarray
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per level, features and region masks of its places, `(n, channels)` and `(n, regions)`.
+
+    A place of a coarse level has the label of the voxel in its middle.
+    """
+    levels = dict(model.encoder(images))
+    levels["decoder"] = model.decoder(levels)
+    result = {}
+    for name, values in levels.items():
+        middles = [
+            np.arange(there) * (full // there) + (full // there) // 2
+            for full, there in zip(labels.shape[1:], values.shape[1:4], strict=True)
+        ]
+        there = labels[np.ix_(np.arange(len(labels)), *middles)]
+        masks = model.regions.masks(there).reshape(-1, len(model.regions.names))
+        result[name] = values.numpy().reshape(-1, values.shape[-1]).astype(np.float64), masks
+    return result
+
+
+class LinearProbe:
+    """Logistic regression of each region's mask on features.
+
+    Args:
+        features: `(n, channels)`.
+        masks: Booleans, `(n, regions)`.
+    """
+
+    def __init__(self, features: np.ndarray, masks: np.ndarray):
+        self.mean, self.std = features.mean(0), features.std(0) + 1e-6
+        inputs = self._standardized(features)
+        self.weights = np.stack([_logistic_regression(inputs, mask) for mask in masks.T], 1)
+
+    def _standardized(self, features: np.ndarray) -> np.ndarray:
+        return np.pad((features - self.mean) / self.std, ((0, 0), (0, 1)), constant_values=1.0)
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """Masks, `(n, regions)`, of `(n, channels)`."""
+        return self._standardized(features) @ self.weights > 0
+
+
+def _logistic_regression(inputs: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Weights that minimise cross-entropy and `RIDGE` times their squares."""
+    signs = np.where(mask, 1.0, -1.0)
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = signs * (inputs @ weights)
+        value = np.logaddexp(0, -margins).mean() + RIDGE * weights @ weights
+        gradient = inputs.T @ (-signs * expit(-margins)) / len(inputs) + 2 * RIDGE * weights
+        return value, gradient
+
+    result: np.ndarray = minimize(loss, np.zeros(inputs.shape[1]), jac=True, method="L-BFGS-B").x
+    return result
