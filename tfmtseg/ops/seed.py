@@ -7,7 +7,8 @@ replica would have drawn for them.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -15,7 +16,8 @@ PHILOX = 1  # the generator's number in TensorFlow's operations
 GROUP = 4  # numbers that the generator makes at a time
 
 
-class Seed(NamedTuple):
+@dataclass(frozen=True)
+class Seed:
     """What random numbers follow from.
 
     Args:
