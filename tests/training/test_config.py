@@ -94,7 +94,7 @@ def test_pretraining_needs_a_branch_and_unlabelled_patches(field, value):
 def test_positives_across_cases_need_other_cases():
     config = dataclasses.replace(GOOD, contrastive_form="dense_across")
     config.check()
-    with pytest.raises(InputError, match="^--negatives: .* batch or global with"):
+    with pytest.raises(InputError, match=r"^--negatives: .* batch or global with"):
         dataclasses.replace(config, negatives="case").check()
 
 
