@@ -10,7 +10,10 @@ import pytest
 import tfmtseg  # noqa: F401  # isort: skip  before tensorflow, as users are asked to
 import tensorflow as tf
 
-tf.config.list_physical_devices()  # says once that there is no GPU; not amid a test's output
+# Says once that there is no GPU; not amid a test's output. Tests of replicas need two devices,
+# which are made before TensorFlow starts.
+(CPU,) = tf.config.list_physical_devices("CPU")
+tf.config.set_logical_device_configuration(CPU, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

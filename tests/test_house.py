@@ -132,7 +132,7 @@ IN_PLACE = ("write_text", "write_bytes", "save", "savez", "savez_compressed", "s
 MAY_WRITE = {
     "tfmtseg/experiment/run.py": 2,
     "tfmtseg/ops/build.py": 3,
-    "tfmtseg/training/callbacks.py": 3,
+    "tfmtseg/training/callbacks.py": 1,
     "tools/gpu_check.py": 1,
 }
 

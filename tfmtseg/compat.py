@@ -42,6 +42,16 @@ if KERAS_3 and keras.backend.backend() != "tensorflow":
 register = keras.saving.register_keras_serializable(package="tfmtseg")
 
 
+class Model(keras.Model):
+    """A Keras model that `fit` takes as built once `build` was called."""
+
+    def _maybe_symbolic_build(self, *args: Any, **kwargs: Any) -> None:
+        # Keras 3 asks under a strategy whether every layer was called, and then averages a
+        # batch over the replicas for its shape, which fails with several workers.
+        if not self.built:
+            super()._maybe_symbolic_build(*args, **kwargs)
+
+
 def versions() -> dict[str, str]:
     """The versions of TensorFlow and Keras, for reports."""
     return {"tensorflow": tf.__version__, "keras": keras.__version__}
@@ -94,6 +104,17 @@ def scales_loss(optimizer: keras.optimizers.Optimizer) -> bool:
     if KERAS_3:
         return isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
     return hasattr(optimizer, "get_scaled_loss")
+
+
+def step_results(results: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """What a training step returns to Keras, from scalars that all replicas agree on.
+
+    Of several workers' results, Keras 3 takes the mean over the first axis.
+    """
+    several = isinstance(tf.distribute.get_strategy(), tf.distribute.MultiWorkerMirroredStrategy)
+    if KERAS_3 and several:
+        return {name: tf.reshape(value, [1]) for name, value in results.items()}
+    return results
 
 
 def apply_gradients(

@@ -7,6 +7,8 @@ shipped one for a known data set), then from flags.
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from typing import Any
 
 from absl import app, flags
@@ -15,6 +17,7 @@ from tfmtseg.console import report_problems
 from tfmtseg.data.cases import read_data_folder
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings
 from tfmtseg.training.run import train
+from tfmtseg.training.strategy import WorkerLost
 
 _CONFIG_FILE = flags.DEFINE_string("config_file", None, "YAML file of settings, by flag names.")
 
@@ -58,7 +61,13 @@ def _read_config() -> TrainConfig:
 
 def _train() -> None:
     config = _read_config()
-    result = train(config)
+    try:
+        result = train(config)
+    except WorkerLost as error:
+        # TensorFlow cannot take a worker back into a running cluster: all begin again, and
+        # wait for each other at the start.
+        print(f"A worker was lost, starting again: {str(error).splitlines()[0]}", flush=True)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     print(
         f"Trained in {result['seconds']:.0f} s. "
         f"Next: python tools/evaluate.py --model_dir={config.model_dir}"

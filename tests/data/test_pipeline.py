@@ -11,6 +11,7 @@ from tfmtseg.data.augment import NO_AUGMENTATION, Augmentation
 from tfmtseg.data.cache import Record, foreground_voxels
 from tfmtseg.data.nifti import Geometry
 from tfmtseg.data.pipeline import (
+    Share,
     batch_cases,
     crop_centre,
     held_out_batches,
@@ -297,6 +298,47 @@ def test_held_out_batches_are_fixed_and_cover_every_case_once(labelled):
     for batch, again in zip(first, dataset.as_numpy_iterator(), strict=True):
         for part, same in zip(batch, again, strict=True):
             np.testing.assert_array_equal(part, same)
+
+
+def test_replicas_share_out_the_batches_of_one(labelled, unlabelled):
+    """Four replicas on two machines: their batches, put together, are one replica's."""
+    arguments = {
+        "crop": CROP, "labeled_per_step": 4, "unlabeled_per_step": 8, "steps": (3, 5),
+        "augmentation": NO_AUGMENTATION, "foreground_probability": 0.5, "seed": 5,
+    }  # fmt: skip
+    whole = list(training_batches(labelled, unlabelled, **arguments).as_numpy_iterator())
+    machines = [
+        list(
+            training_batches(
+                labelled, unlabelled, **arguments, share=Share(first, 2, 4)
+            ).as_numpy_iterator()
+        )
+        for first in (0, 2)
+    ]
+    assert [len(batches) for batches in machines] == [4, 4]  # two steps, two replicas
+    for step, expected in enumerate(whole):
+        replicas = [batch for batches in machines for batch in batches[2 * step : 2 * step + 2]]
+        for _, _, flags in replicas:
+            np.testing.assert_array_equal(flags, [1, 0, 0])
+        for part in range(3):
+            labelled_first = [replica[part][:1] for replica in replicas]
+            together = np.concatenate(labelled_first + [replica[part][1:] for replica in replicas])
+            np.testing.assert_array_equal(together, expected[part])
+
+
+def test_the_last_held_out_batch_may_not_reach_all_replicas(labelled):
+    arguments = {"per_batch": 2, "foreground_probability": 1.0, "seed": 0}
+    seen = [
+        [
+            case_of(images[0])
+            for images, _, _ in held_out_batches(
+                labelled, CROP, **arguments, share=Share(first, 1, 2)
+            ).as_numpy_iterator()
+        ]
+        for first in (0, 1)
+    ]
+    assert list(map(len, seen)) == [2, 1]
+    assert sorted(seen[0] + seen[1]) == [0, 1, 2]
 
 
 def test_the_cases_of_a_batch_have_names(labelled, unlabelled):

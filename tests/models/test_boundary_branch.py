@@ -10,6 +10,7 @@ from tfmtseg.compat import keras
 from tfmtseg.models.boundary_branch import BoundaryBranch
 from tfmtseg.models.branch import Batch
 from tfmtseg.models.encoder import LEVELS
+from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 
 BRATS = Regions.parse("brats_msd")
@@ -39,7 +40,8 @@ def batch(labels: np.ndarray, weights: list[float], features: tf.Tensor) -> Batc
     return Batch(
         images=nothing, others=nothing, labels=tf.constant(labels, tf.int32),
         weights=tf.constant(weights, tf.float32), levels={}, features=features,
-        encode=lambda x: {}, decode=lambda x: x, seed=None,
+        encode=lambda x: {}, decode=lambda x: x,
+        seed=Seed.fixed(), training=True, share=tf.ones(()),
     )  # fmt: skip
 
 

@@ -8,9 +8,10 @@ import pytest
 import tensorflow as tf
 
 from tfmtseg.compat import keras
-from tfmtseg.models import contrastive_branch
+from tfmtseg.models import contrast, contrastive_branch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch, extract_cubes, grid_shape
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
+from tfmtseg.ops.seed import Seed
 
 FORMS = ("repaired", "paper")
 
@@ -197,13 +198,13 @@ def test_context_and_targets_share_no_voxel(grid, monkeypatch):
         [np.arange(cases * math.prod(grid)) + 1.0, np.ones(cases * math.prod(grid))], -1
     ).reshape(cases, *grid, 2)
     calls = []
-    original = contrastive_branch.info_nce
+    original = contrast.info_nce
 
     def spy(queries, keys, **kwargs):
         calls.append((np.rint(queries).astype(int)[:, 0], np.rint(keys).astype(int)[:, 0], kwargs))
         return original(queries, keys, **kwargs)
 
-    monkeypatch.setattr(contrastive_branch, "info_nce", spy)
+    monkeypatch.setattr(contrast, "info_nce", spy)
     Bypass(crop_of(grid), "repaired", codes)()
     ((queries, keys, arguments),) = calls
     targets = keys[arguments["positives"].numpy()]
@@ -232,13 +233,13 @@ def test_predictions_see_the_context_alone_and_each_direction_its_vector(monkeyp
     # Queries may not change with codes outside of their context.
     grid = (3, 1, 1)
     seen = []
-    original = contrastive_branch.info_nce
+    original = contrast.info_nce
 
     def spy(queries, keys, **kwargs):
         seen.append(np.array(queries))
         return original(queries, keys, **kwargs)
 
-    monkeypatch.setattr(contrastive_branch, "info_nce", spy)
+    monkeypatch.setattr(contrast, "info_nce", spy)
     codes = random_codes(1, grid)
     bypass = Bypass(crop_of(grid), "repaired", codes)
     bypass.branch.directions.assign(np.arange(6)[:, None] * np.ones((6, 8)))
@@ -291,7 +292,7 @@ def test_paper_form_samples_20_negatives_that_are_no_targets(monkeypatch):
     draws = []
     for seed in ([0, 1], [0, 1], [0, 2]):
         seen.clear()
-        bypass(seed=tf.constant(seed))
+        bypass(seed=Seed(tf.constant(seed)))
         for case, (queries, keys) in enumerate(seen):
             np.testing.assert_allclose(queries, names[case, :, :, :2].ravel())
             np.testing.assert_allclose(keys[:30], names[case, :, :, 2:].ravel())

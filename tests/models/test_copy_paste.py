@@ -5,11 +5,12 @@ import pytest
 import tensorflow as tf
 
 from tfmtseg.models.copy_paste import box_masks, label_map, paste
+from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 
 
 def masks(seed: int, count: int = 4, shape: tuple[int, int, int] = (9, 12, 7)) -> np.ndarray:
-    return box_masks(count, shape, tf.constant([seed, 0])).numpy()
+    return box_masks(count, shape, Seed(tf.constant([seed, 0]))).numpy()
 
 
 def test_every_mask_is_a_box_or_what_surrounds_it():

@@ -38,7 +38,7 @@ def loss_and_gradients(**arguments) -> tuple[float, list[np.ndarray]]:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"method": "encdec", "dropout": 0.3}, {"method": "sscpcseg", "dropout": 0.0}],
+    [{"method": "encdec", "dropout": 0.3}, {"method": "sscpcseg", "dropout": 0.3}],
     ids=["dropout", "cubes in parts"],
 )
 def test_gradients_are_those_of_the_plain_model(arguments):
@@ -58,8 +58,8 @@ def test_parts():
     weight, unused = tf.Variable([[0.5, -1.0], [2.0, 0.1]]), tf.Variable(3.0)
     sizes = []
 
-    def function(part: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-        sizes.append((int(number), len(part)))
+    def function(part: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
+        sizes.append((int(first), len(part)))
         return tf.tanh(part @ weight) + 0.0 * unused
 
     with tf.GradientTape() as tape:
@@ -69,4 +69,4 @@ def test_parts():
     gradients = tape.gradient(y, [weight, unused], tf.constant(upstream))
     np.testing.assert_allclose(gradients[0], x.T @ (upstream * (1 - expected**2)), rtol=1e-5)
     assert float(gradients[1]) == 0
-    assert sizes == [(0, 3), (1, 3), (2, 1)] * 2  # forward, and again for the gradient
+    assert sizes == [(0, 3), (3, 3), (6, 1)] * 2  # forward, and again for the gradient

@@ -11,6 +11,7 @@ from tfmtseg.losses.variational import kl_divergence
 from tfmtseg.models.branch import Batch
 from tfmtseg.models.encoder import LEVELS
 from tfmtseg.models.vae_branch import VAEBranch
+from tfmtseg.ops.seed import Seed
 
 IN_PLANE = ((2, 2, 1), (2, 2, 1), (2, 2, 2))
 
@@ -67,7 +68,7 @@ def test_the_bottleneck_is_halved_where_it_can_be(crop, strides, squeezed):
 
 
 def test_outputs(branch):
-    result = branch(bottleneck(), seed=tf.constant([1, 2]))
+    result = branch(bottleneck(), seed=Seed(tf.constant([1, 2])))
     assert {name: (tuple(value.shape), value.dtype) for name, value in result.items()} == {
         "reconstruction": ((2, 16, 8, 24, 2), tf.float32),
         "z_mean": ((2, 128), tf.float32),
@@ -92,9 +93,9 @@ def test_noise_depends_on_the_seed_alone(branch):
     def redrawn(seed) -> np.ndarray:
         return branch(bottleneck(), seed=seed)["reconstruction"].numpy()
 
-    first = redrawn(tf.constant([1, 2]))
-    np.testing.assert_array_equal(first, redrawn(tf.constant([1, 2])))
-    assert np.abs(first - redrawn(tf.constant([1, 3]))).max() > 1e-3
+    first = redrawn(Seed(tf.constant([1, 2])))
+    np.testing.assert_array_equal(first, redrawn(Seed(tf.constant([1, 2]))))
+    assert np.abs(first - redrawn(Seed(tf.constant([1, 3])))).max() > 1e-3
     np.testing.assert_array_equal(redrawn(None), redrawn(None))
     assert np.abs(first - redrawn(None)).max() > 1e-3
 
@@ -110,7 +111,7 @@ def test_samples_have_the_mean_and_the_variance():
     samples = []
     unflatten = branch.unflatten
     branch.unflatten = lambda z: samples.append(z.numpy()) or unflatten(z)
-    branch(bottleneck(500, (1, 1, 1)), seed=tf.constant([5, 6]))
+    branch(bottleneck(500, (1, 1, 1)), seed=Seed(tf.constant([5, 6])))
     z = (samples[0] - mean) / np.exp(log_var / 2)
     # 64,000 standard normal numbers: standard errors .004 and .003; those of each
     # latent number's 500 are .045 and .032.
@@ -125,24 +126,24 @@ def test_log_variance_is_bounded():
     flat = math.prod(branch.squeezed_shape)
     bias = np.repeat([-1e4, 1e4], 64)
     branch.to_log_var.set_weights([np.zeros((flat, 128)), bias])
-    result = branch(bottleneck(1, (1, 1, 1)), seed=tf.constant([0, 1]))
+    result = branch(bottleneck(1, (1, 1, 1)), seed=Seed(tf.constant([0, 1])))
     np.testing.assert_array_equal(result["z_log_var"][0], np.clip(bias, -10, 10))
     assert np.isfinite(result["reconstruction"]).all()
 
 
-def learn(branch: VAEBranch, images: np.ndarray, code: tf.Tensor, seed: tf.Tensor) -> dict:
+def learn(branch: VAEBranch, images: np.ndarray, code: tf.Tensor, seed: Seed) -> dict:
     nothing = tf.zeros(())
     batch = Batch(
         images=tf.constant(images, tf.float32), others=nothing, labels=nothing, weights=nothing,
         levels={LEVELS[-1]: code}, features=None, encode=lambda x: {},
-        decode=lambda x: x, seed=seed,
+        decode=lambda x: x, seed=seed, training=True, share=tf.ones(()),
     )  # fmt: skip
     return branch.learn(batch)
 
 
 def test_losses_in_float64(branch):
     images = np.random.default_rng(2).normal(size=(2, 16, 8, 24, 2))
-    seed = tf.constant([3, 4])
+    seed = Seed(tf.constant([3, 4]))
     losses = learn(branch, images, bottleneck(), seed)
     result = {name: np.float64(value) for name, value in branch(bottleneck(), seed=seed).items()}
     squares = np.mean((images - result["reconstruction"]) ** 2, axis=(1, 2, 3, 4))
@@ -159,7 +160,7 @@ def test_each_loss_alone_reaches_mean_and_variance_and_the_encoder(branch, name)
     images, code = np.ones((2, 16, 8, 24, 2)), bottleneck()
     with tf.GradientTape() as tape:
         tape.watch(code)
-        loss = learn(branch, images, code, tf.constant([3, 4]))[name]
+        loss = learn(branch, images, code, Seed(tf.constant([3, 4])))[name]
     sources = [code, branch.to_mean.trainable_weights[0], branch.to_log_var.trainable_weights[0]]
     for gradient in tape.gradient(loss, sources):
         assert np.abs(gradient).max() > 1e-6
@@ -177,7 +178,7 @@ def test_a_few_steps_redraw_a_volume():
     @tf.function
     def step(number):
         with tf.GradientTape() as tape:
-            result = branch(code, seed=tf.stack([0, number]))
+            result = branch(code, seed=Seed(tf.stack([0, number])))
             error = tf.reduce_mean(tf.square(result["reconstruction"] - image))
             kl = kl_divergence(result["z_mean"], result["z_log_var"])
             loss = error + tf.reduce_mean(kl)

@@ -38,6 +38,11 @@ def test_defaults_pass_the_check():
         ("teacher_momentum", 1.0),
         ("teacher_start", 1.5),
         ("pseudo_label_weight", -0.5),
+        ("negatives", "all"),
+        ("strategy", "parameter_server"),
+        ("num_replicas", -1),
+        ("optimizer", "sgd"),
+        ("weight_averaging", "median"),
     ],
 )
 def test_bad_settings_are_named_with_a_mend(field, value):
@@ -84,6 +89,13 @@ def test_pretraining_needs_a_branch_and_unlabelled_patches(field, value):
     config.check()
     with pytest.raises(InputError, match=rf"^--{field}: .* with --mode=pretrain"):
         dataclasses.replace(config, **{field: value}).check()
+
+
+def test_positives_across_cases_need_other_cases():
+    config = dataclasses.replace(GOOD, contrastive_form="dense_across")
+    config.check()
+    with pytest.raises(InputError, match=r"^--negatives: .* batch or global with"):
+        dataclasses.replace(config, negatives="case").check()
 
 
 def test_the_fix_for_train_steps_is_right():

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tfmtseg.compat import keras
 from tfmtseg.training.config import TrainConfig
-from tfmtseg.training.optimizers import AdamW, make_optimizer, make_schedule
+from tfmtseg.training.optimizers import AdamW, Ranger, make_optimizer, make_schedule
 
 CONFIG = TrainConfig(
     train_steps=20, warmup_steps=3, learning_rate=0.02, weight_decay=1e-3, ema_momentum=0.7
@@ -93,10 +93,96 @@ def test_updates_as_those_of_keras():
         np.testing.assert_allclose(one, other, **TOLERANCE)
 
 
+STEPS = 20  # the second moment counts from the 6th update on, weights look back at 6, 12, 18
+
+
+def ranger_by_hand(steps: int = STEPS) -> list[np.ndarray]:
+    """Rectified Adam and its look ahead in float64, from the papers' algorithms."""
+    rate, decay, longest = 0.01, 0.1, 2 / (1 - 0.999) - 1
+    values = list(START.values())
+    slow = values
+    means = [np.zeros_like(v) for v in values]
+    squares = [np.zeros_like(v) for v in values]
+    for t in range(1, steps + 1):
+        g = gradients(t - 1)
+        means = [0.9 * m + 0.1 * x for m, x in zip(means, g, strict=True)]
+        squares = [0.999 * s + 0.001 * x * x for s, x in zip(squares, g, strict=True)]
+        length = longest - 2 * t * 0.999**t / (1 - 0.999**t)
+        factor = np.ones(2)
+        if length >= 5:
+            r = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+            factor = [np.sqrt(r) / (np.sqrt(s / (1 - 0.999**t)) + 1e-7) for s in squares]
+        values = [
+            v - rate * decay * v - rate * m / (1 - 0.9**t) * f
+            for v, m, f in zip(values, means, factor, strict=True)
+        ]
+        if t % 6 == 0:
+            values = slow = [s + 0.5 * (v - s) for v, s in zip(values, slow, strict=True)]
+    return values
+
+
+def test_ranger_by_hand():
+    last, averages = trajectory(Ranger(0.01, decay=0.1, averaging="none"), STEPS)
+    for one, other in zip(last, ranger_by_hand(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)  # twice the updates
+    for one, other in zip(last, averages, strict=True):  # there are none
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5, 9, 13])
+def test_mean_of_weights_at_intervals(steps):
+    """Weights after 0-based updates 4, 8 and 12 enter; before, the average is the weights."""
+    swa = {"averaging": "swa", "average_start": 4, "average_period": 4}
+    passed = [trajectory(AdamW(0.01, averaging="none"), n)[0] for n in (5, 9, 13) if n <= steps]
+    last, averages = trajectory(AdamW(0.01, **swa), steps)
+    expected = [np.mean(values, axis=0) for values in zip(*passed, strict=True)] or last
+    for one, other in zip(averages, expected, strict=True):
+        np.testing.assert_allclose(one, other, **TOLERANCE)
+
+
+def test_means_begin_in_the_last_quarter_of_a_run():
+    config = TrainConfig(train_steps=800, steps_per_epoch=100, weight_averaging="swa")
+    optimizer = make_optimizer(config)
+    # After updates 700 and 800, counted from 1.
+    assert (optimizer.average_start, optimizer.average_period) == (699, 100)
+    with pytest.raises(ValueError, match=r"averaging: value is 'all', must be one of none, .*Fix:"):
+        AdamW(averaging="all")
+
+
+def addons_trajectory(optimizer, average: bool = False) -> list[np.ndarray]:
+    """Weights under an optimizer of TensorFlow Addons."""
+    variables = [tf.Variable(value, dtype=tf.float32) for value in START.values()]
+    for step in range(STEPS):
+        values = [tf.constant(g, tf.float32) for g in gradients(step)]
+        optimizer.apply_gradients(zip(values, variables, strict=True))
+    if average:
+        optimizer.assign_average_vars(variables)
+    return [variable.numpy() for variable in variables]
+
+
+def test_ranger_as_that_of_tensorflow_addons():
+    tfa = pytest.importorskip("tensorflow_addons", reason="only the addons environment has it")
+    theirs = tfa.optimizers.Lookahead(tfa.optimizers.RectifiedAdam(0.01, weight_decay=0.1))
+    last, _ = trajectory(Ranger(0.01, decay=0.1), STEPS)
+    for one, other in zip(last, addons_trajectory(theirs), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_of_weights_as_that_of_tensorflow_addons():
+    tfa = pytest.importorskip("tensorflow_addons", reason="only the addons environment has it")
+    adam = keras.optimizers.legacy.Adam(0.01)
+    theirs = tfa.optimizers.SWA(adam, start_averaging=5, average_period=4)
+    ours = AdamW(0.01, averaging="swa", average_start=5, average_period=4)
+    _, averages = trajectory(ours, STEPS)
+    for one, other in zip(averages, addons_trajectory(theirs, average=True), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_config_round_trip(decay):
-    optimizer = AdamW(0.01, decay=decay, average_momentum=0.9, beta_1=0.8)
-    again = AdamW.from_config(optimizer.get_config())
+    kind = Ranger if decay else AdamW
+    optimizer = kind(0.01, decay=decay, average_momentum=0.9, beta_1=0.8)
+    again = kind.from_config(optimizer.get_config())
     assert (again.decay, again.average_momentum, again.beta_1) == (decay, 0.9, 0.8)
     for one, other in zip(trajectory(optimizer), trajectory(again), strict=True):
         for x, y in zip(one, other, strict=True):

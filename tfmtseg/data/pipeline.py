@@ -7,6 +7,7 @@ goes on after a break sees exactly the batches it would have seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
@@ -24,6 +25,34 @@ from tfmtseg.data.preprocess import dequantize
 
 SLACK = 2.0  # voxels a crop's centre may lie outside the range in which crops fit
 MARGIN = 1  # voxels read beyond the outermost place, for interpolation
+
+
+@dataclass(frozen=True)
+class Share:
+    """The replicas of a training that a dataset feeds, in turn: all, or one machine's.
+
+    Args:
+        first: The first of them.
+        count: How many follow each other.
+        total: All replicas of the training.
+    """
+
+    first: int = 0
+    count: int = 1
+    total: int = 1
+
+    def numbers(self, start: int, stop: int, per_batch: int) -> tf.data.Dataset:
+        """Numbers of these replicas' patches, among those from `start` to `stop`.
+
+        Each batch of `per_batch`, a multiple of `total`, is shared out in runs of equal
+        length.
+        """
+        each = per_batch // self.total
+        rows = slice(self.first * each, (self.first + self.count) * each)
+        return tf.data.Dataset.range(start, stop).batch(per_batch).map(lambda n: n[rows]).unbatch()
+
+
+WHOLE = Share()
 
 
 def read_window(
@@ -183,6 +212,7 @@ def training_batches(
     augmentation: Augmentation,
     foreground_probability: float,
     seed: int,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """Batches of labelled patches followed by unlabelled ones.
 
@@ -190,15 +220,17 @@ def training_batches(
         labelled: Cases with a label.
         unlabelled: Cases without; may be empty when `unlabeled_per_step` is 0.
         crop: Size of a patch in voxels.
-        labeled_per_step: Labelled patches in each batch.
-        unlabeled_per_step: Unlabelled patches in each batch.
+        labeled_per_step: Labelled patches in each step, of all replicas together.
+        unlabeled_per_step: Unlabelled patches, likewise.
         steps: First step and one past the last.
         augmentation: How patches are changed, the same for both kinds.
         foreground_probability: See `patches`.
         seed: Seed of orders, crops and augmentation.
+        share: Whose batches to make. All together, replicas have the patches of one
+            replica's batches, in the same order among each kind.
 
     Returns:
-        Dataset of `(images, labels, labeled)`, one batch per step.
+        Dataset of `(images, labels, labeled)`, one batch per step and replica.
     """
     streams = []
     for number, (records, per_step) in enumerate(
@@ -210,11 +242,11 @@ def training_batches(
             patches(
                 records,
                 crop,
-                tf.data.Dataset.range(steps[0] * per_step, steps[1] * per_step),
+                share.numbers(steps[0] * per_step, steps[1] * per_step, per_step),
                 augmentation=augmentation,
                 foreground_probability=foreground_probability,
                 seed=2 * seed + number,
-            ).batch(per_step, drop_remainder=True)
+            ).batch(per_step // share.total, drop_remainder=True)
         )
     if len(streams) == 1:
         batches = streams[0]
@@ -261,15 +293,17 @@ def held_out_batches(
     per_batch: int,
     foreground_probability: float,
     seed: int,
+    share: Share = WHOLE,
 ) -> tf.data.Dataset:
     """One fixed patch of each case, unchanged, for losses and scores on held-out cases.
 
     Args:
         records: Cases.
         crop: Size of a patch in voxels.
-        per_batch: Patches per batch.
+        per_batch: Patches per batch, of all replicas together.
         foreground_probability: See `patches`.
         seed: Seed of the crops.
+        share: Whose batches to make.
 
     Returns:
         Finite dataset of `(images, labels, labeled)`.
@@ -277,8 +311,8 @@ def held_out_batches(
     return patches(
         records,
         crop,
-        tf.data.Dataset.range(len(records)),
+        share.numbers(0, len(records), per_batch),
         augmentation=NO_AUGMENTATION,
         foreground_probability=foreground_probability,
         seed=seed,
-    ).batch(per_batch)
+    ).batch(per_batch // share.total)

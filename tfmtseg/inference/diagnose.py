@@ -29,6 +29,7 @@ from tfmtseg.metrics.dice import dice_score
 from tfmtseg.models.branch import Batch
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops import retrieval_accuracy
+from tfmtseg.ops.seed import Seed
 from tfmtseg.training.run import Run, load_run
 
 ROUNDS = 4  # patches of each case
@@ -126,9 +127,11 @@ def _batch(model: Segmenter, images: tf.Tensor) -> Batch:
         weights=none,
         levels={},
         features=None,
-        encode=model.encoder,
+        encode=lambda images, *_: model.encoder(images),
         decode=model.decoder,
-        seed=None,
+        seed=Seed.fixed(),
+        training=False,
+        share=tf.ones(()),
     )
 
 

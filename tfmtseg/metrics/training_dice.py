@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
+from tfmtseg.ops import replicas
 from tfmtseg.regions import Regions
 
 SPATIAL = (1, 2, 3)
@@ -64,8 +65,11 @@ class DiceScore(keras.metrics.Metric):
         if sample_weight is not None:
             weight = tf.cast(sample_weight, tf.float32)[:, None]
             overlap, sizes = overlap * weight, sizes * weight
-        self.overlap.assign_add(tf.reduce_sum(overlap, 0))
-        self.sizes.assign_add(tf.reduce_sum(sizes, 0))
+        # Of all replicas, on each: what Keras reads is then right whether it takes one
+        # replica's state, the sum or the mean.
+        added = replicas.total([tf.reduce_sum(overlap, 0), tf.reduce_sum(sizes, 0)])
+        self.overlap.assign_add(added[0])
+        self.sizes.assign_add(added[1])
 
     def result(self) -> dict[str, tf.Tensor]:
         """See the class."""

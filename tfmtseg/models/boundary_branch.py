@@ -49,6 +49,7 @@ class BoundaryBranch(Branch):
 
     prefix = "boundary"
     shown = ("loss", "dice_loss", "cross_entropy")
+    learns_from = "labels"
     default_weight = 1.0
 
     def __init__(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import tensorflow as tf
 
 from tfmtseg.compat import keras
+from tfmtseg.ops.seed import Seed
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,14 @@ class Batch:
         levels: The encoder's features of `images`, where the branch `encodes_all`;
             else of the volumes that are segmented.
         features: What the branch's own `features` gave for the latter, or None.
-        encode: The encoder, for further images and the number of the part that they are
-            of something larger, with dropout as the training asks for, other in each part.
+        encode: The encoder, with dropout as the training asks for. Takes further images,
+            how many there are for each volume if not one, and how many come before them.
         decode: The decoder: maps the encoder's levels to features of every voxel.
-        seed: Two `int32`, or None outside training.
+        seed: Everything random follows from it; its rows are the volumes that the branch
+            learns from.
+        training: Whether this is an update.
+        share: Fraction of those volumes of the global batch that this replica has; 0
+            where it has none, and others of its volumes stand in for them.
     """
 
     images: tf.Tensor
@@ -37,7 +42,9 @@ class Batch:
     features: tf.Tensor | None
     encode: Callable[..., Mapping[str, tf.Tensor]]
     decode: Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
-    seed: tf.Tensor | None
+    seed: Seed
+    training: bool
+    share: tf.Tensor
 
 
 class Branch(keras.layers.Layer):
@@ -49,6 +56,8 @@ class Branch(keras.layers.Layer):
     Attributes:
         prefix: Begins the names of all that is shown, such as `cpc` in `cpc_loss`.
         shown: What `learn` returns: `loss`, to be minimised, and what explains it.
+        learns_from: Which volumes: all `"images"`, the `"others"`, or those with
+            `"labels"`, see `Batch`.
         encodes_all: Whether it needs the levels of every volume, labelled or not.
         decodes: Whether it teaches the decoder too.
         feature_channels: Channels of `features`; 0 for none.
@@ -57,6 +66,7 @@ class Branch(keras.layers.Layer):
 
     prefix: str
     shown: tuple[str, ...] = ("loss",)
+    learns_from: str
     encodes_all = False
     decodes = False
     feature_channels = 0
@@ -85,5 +95,8 @@ class Branch(keras.layers.Layer):
         return None
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
-        """One float32 value or several, to be averaged, for each name in `shown`."""
+        """One float32 value or several, to be averaged, for each name in `shown`.
+
+        The mean over the global batch is that of all replicas, each weighted by its share.
+        """
         raise NotImplementedError

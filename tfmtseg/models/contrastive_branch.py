@@ -14,9 +14,11 @@ from tfmtseg.compat import keras
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors, ResidualBlock, convolution
 from tfmtseg.models.branch import Batch, Branch
+from tfmtseg.models.contrast import check_negatives, contrast
 from tfmtseg.models.encoder import LEVELS
 from tfmtseg.models.remat import recompute_in_parts
 from tfmtseg.ops import info_nce, retrieval_accuracy
+from tfmtseg.ops.seed import Seed
 
 PAPER_NEGATIVES = 20
 MIN_TEMPERATURE = 0.03
@@ -79,10 +81,6 @@ def temperature_weight(layer: Any) -> Any:
     )
 
 
-def _last_level(batch: Batch) -> Callable[..., tf.Tensor]:
-    return lambda *cubes: batch.encode(*cubes)[LEVELS[-1]]
-
-
 @compat.register
 class ContrastiveBranch(Branch):
     """Predicts the codes of one half of the volume from the other half (CPC).
@@ -95,9 +93,9 @@ class ContrastiveBranch(Branch):
 
     Two forms exist. `"repaired"` runs in all six directions, normalises codes, learns
     its temperature, keeps the halves free of common voxels and takes as negatives all
-    other codes of the batch but those at the positive's place in other cases (volumes
-    are often aligned, so these show the same anatomy). Directions without two halves,
-    along axes with fewer than 3 cubes, are left out. `"paper"` is the original: one
+    other codes, of the cases that `negatives` names, but those at the positive's place in
+    other cases, see `contrast`. Directions without two halves, along axes with fewer than
+    3 cubes, are left out. `"paper"` is the original: one
     direction, the last axis with 2 or more cubes, raw dot products, the other targets
     and 20 sampled codes of the same image as negatives.
 
@@ -111,13 +109,16 @@ class ContrastiveBranch(Branch):
         remat: Whether the cubes pass through the encoder in parts, each as large as an
             image, of which the gradient computes each again. It spares most memory of
             the branch.
+        negatives: Which cases the repaired form takes negatives from: `"case"`, `"batch"`
+            or `"global"`, see `contrast`. The paper's form stays within the case.
         **kwargs: As for every Keras layer.
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`, spatial sizes known.
-        encode: Maps cubes `(n, x, y, z, modalities)`, and with `remat` the number of
-            their part, to the encoder's last level.
-        seed: Two `int32`, or None outside training. Chooses the sampled negatives.
+        encode: Maps cubes `(n, x, y, z, modalities)`, and the number of their first one
+            among all cubes where it is not 0, to the encoder's last level.
+        seed: A `Seed`, which chooses the sampled negatives. Defaults to a fixed one.
+        real: See `contrast`.
 
     Returns:
         `loss`, in nats, and `accuracy`, each `(queries,)`; `chance`, a scalar: the
@@ -132,6 +133,7 @@ class ContrastiveBranch(Branch):
 
     prefix = "cpc"
     shown = ("loss", "accuracy", "chance")
+    learns_from = "others"
 
     def __init__(
         self,
@@ -139,6 +141,7 @@ class ContrastiveBranch(Branch):
         cube_size: int | Sequence[int],
         form: str = "repaired",
         blocks: int = 2,
+        negatives: str = "global",
         remat: bool = False,
         **kwargs: Any,
     ):
@@ -149,10 +152,12 @@ class ContrastiveBranch(Branch):
                 f"form: value is {form!r}, must be 'repaired' or 'paper'. "
                 "Fix: change --contrastive_form."
             )
+        check_negatives(negatives)
         self.channels = channels
         edges = (cube_size,) * 3 if isinstance(cube_size, int) else tuple(cube_size)
         self.cube_size = edges
         self.form = form
+        self.negatives = negatives
         self.default_weight = DEFAULT_WEIGHTS[form]
         self.remat = remat
         self.blocks = [ResidualBlock(channels, name=f"block{i}") for i in range(blocks)]
@@ -175,25 +180,32 @@ class ContrastiveBranch(Branch):
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from the volumes without a label, where there are any."""
-        return self(batch.others, encode=_last_level(batch), seed=batch.seed)
+        encode = self._last_level(batch)
+        return self(batch.others, encode=encode, seed=batch.seed, real=batch.share > 0)
 
     def keys(self, batch: Batch) -> tf.Tensor:
         """See `Branch`: the codes."""
-        codes = self._codes(batch.others, _last_level(batch))
+        codes = self._codes(batch.others, self._last_level(batch))
         return tf.reshape(codes, (-1, math.prod(codes.shape[1:4]), self.channels))
 
     def call(
         self,
         images: tf.Tensor,
         encode: Callable[..., tf.Tensor],
-        seed: tf.Tensor | None = None,
+        seed: Seed | None = None,
+        real: tf.Tensor | bool = True,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
         codes = self._codes(images, encode)
         grid = grid_shape(images.shape[1:4], self.cube_size)
         if self.form == "repaired":
-            return self._repaired(codes, grid)
-        return self._paper(codes, grid, seed)
+            return self._repaired(codes, grid, real)
+        return self._paper(codes, grid, Seed.fixed() if seed is None else seed)
+
+    def _last_level(self, batch: Batch) -> Callable[..., tf.Tensor]:
+        """The encoder's last level of cubes of `batch.others`."""
+        cubes = math.prod(grid_shape(batch.others.shape[1:4], self.cube_size))
+        return lambda images, first=0: batch.encode(images, cubes, first)[LEVELS[-1]]
 
     def _codes(self, images: tf.Tensor, encode: Callable[..., tf.Tensor]) -> tf.Tensor:
         """Codes on their grid, `(batch, x, y, z, channels)`, float32."""
@@ -216,7 +228,9 @@ class ContrastiveBranch(Branch):
             x = block(x)
         return tf.cast(self.last(x), tf.float32)
 
-    def _repaired(self, codes: tf.Tensor, grid: Factors) -> dict[str, tf.Tensor]:
+    def _repaired(
+        self, codes: tf.Tensor, grid: Factors, real: tf.Tensor | bool
+    ) -> dict[str, tf.Tensor]:
         cases = tf.shape(codes)[0]
         places = np.arange(math.prod(grid)).reshape(grid)
         queries, targets = [], []  # per direction: (cases, n, channels) and the places (n,)
@@ -242,26 +256,16 @@ class ContrastiveBranch(Branch):
                 f"crop: its grid of cubes is {grid}, must have 3 or more along an axis. "
                 "Fix: enlarge --crop or reduce --cube_size."
             )
-        query_places = np.concatenate(targets)
-        first_code = tf.range(cases)[:, None] * places.size
-        arguments = {
-            "positives": tf.reshape(first_code + query_places, [-1]),
-            "query_ids": tf.tile(query_places, [cases]),
-            "key_ids": tf.tile(places.reshape(-1), [cases]),
-        }
-        q = tf.reshape(tf.concat(queries, 1), (-1, self.channels))
-        k = tf.reshape(codes, (-1, self.channels))
-        temperature = tf.exp(tf.convert_to_tensor(self.log_temperature))
-        candidates = cases * (places.size - 1) + 1
-        return {
-            "loss": info_nce(q, k, temperature=temperature, **arguments),
-            "accuracy": retrieval_accuracy(q, k, **arguments),
-            "chance": tf.math.log(tf.cast(candidates, tf.float32)),
-        }
+        return contrast(
+            tf.concat(queries, 1),
+            tf.reshape(codes, (-1, places.size, self.channels)),
+            np.concatenate(targets),
+            tf.exp(tf.convert_to_tensor(self.log_temperature)),
+            self.negatives,
+            real,
+        )
 
-    def _paper(
-        self, codes: tf.Tensor, grid: Factors, seed: tf.Tensor | None
-    ) -> dict[str, tf.Tensor]:
+    def _paper(self, codes: tf.Tensor, grid: Factors, seed: Seed) -> dict[str, tf.Tensor]:
         axis = max((i for i in range(3) if grid[i] >= 2), default=None)
         if axis is None:
             raise ValueError(
@@ -279,9 +283,7 @@ class ContrastiveBranch(Branch):
         queries = rows(self._predict(layers(0, half)))
         targets = rows(layers(grid[axis] - half, grid[axis]))
         pool = rows(layers(0, grid[axis] - half))
-        order = tf.random.stateless_uniform(
-            tf.shape(pool)[:2], seed=tf.constant([0, 0]) if seed is None else seed
-        )
+        order = seed.uniform(tf.shape(pool)[:2])
         chosen = tf.argsort(order, axis=1)[:, :PAPER_NEGATIVES]
         keys = tf.concat([targets, tf.gather(pool, chosen, batch_dims=1)], 1)
 
@@ -310,6 +312,7 @@ class ContrastiveBranch(Branch):
             "cube_size": self.cube_size,
             "form": self.form,
             "blocks": len(self.blocks),
+            "negatives": self.negatives,
             "remat": self.remat,
         }
         return {**super().get_config(), **config}

@@ -6,10 +6,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 
 
-def box_masks(count: int | tf.Tensor, shape: Any, seed: Any) -> tf.Tensor:
+def box_masks(count: int | tf.Tensor, shape: Any, seed: Seed) -> tf.Tensor:
     """Random boxes of two thirds of each axis, and what lies around them.
 
     Masks are by turns true inside their box and outside it; chance decides which of
@@ -18,7 +19,7 @@ def box_masks(count: int | tf.Tensor, shape: Any, seed: Any) -> tf.Tensor:
     Args:
         count: Number of masks.
         shape: Voxels along x, y and z, `int32`, `(3,)`.
-        seed: Two `int32`; everything random follows from them.
+        seed: Everything random follows from it.
 
     Returns:
         Booleans, `(count, x, y, z)`.
@@ -26,8 +27,8 @@ def box_masks(count: int | tf.Tensor, shape: Any, seed: Any) -> tf.Tensor:
     Reference:
         [Bai et al., 2023](https://arxiv.org/abs/2305.00673), section 3.2.
     """
-    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
-    draws = tf.random.stateless_uniform((count, 3), seeds[0])
+    seeds = seed.split(2)
+    draws = seeds[0].uniform((count, 3))
     inside = tf.ones((count, 1, 1, 1), tf.bool)
     for axis, size in enumerate(tf.unstack(tf.convert_to_tensor(shape))):
         edge = tf.maximum(2 * size // 3, 1)
@@ -35,8 +36,8 @@ def box_masks(count: int | tf.Tensor, shape: Any, seed: Any) -> tf.Tensor:
         places = tf.range(size)
         covered = (places >= start) & (places < start + edge)
         inside &= tf.reshape(covered, (-1, *(size if i == axis else 1 for i in range(3))))
-    first = tf.random.stateless_uniform((), seeds[1], maxval=2, dtype=tf.int32)
-    outward = (tf.range(count) + first) % 2 == 1
+    first = tf.random.stateless_uniform((), seeds[1].pair, maxval=2, dtype=tf.int32)
+    outward = (seed.first + tf.range(count) + first) % 2 == 1
     return inside ^ outward[:, None, None, None]
 
 

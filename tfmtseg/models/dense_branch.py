@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.models.blocks import Factors, per_axis
 from tfmtseg.models.branch import Batch, Branch
+from tfmtseg.models.contrast import check_negatives, contrast
 from tfmtseg.models.contrastive_branch import temperature_weight
 from tfmtseg.models.encoder import ISOTROPIC
-from tfmtseg.ops import info_nce, retrieval_accuracy
+from tfmtseg.ops.seed import Seed
 
 SPACING = 3  # voxels between the places that are compared
 HIDDEN, LENGTH = 64, 32  # of the projection
@@ -35,19 +37,19 @@ def view_shape(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
     return x, y, z
 
 
-def change_intensities(images: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+def change_intensities(images: tf.Tensor, seed: Seed) -> tf.Tensor:
     """Gain, shift and noise, drawn for each volume and modality.
 
     Args:
         images: Normalised, `(batch, x, y, z, modalities)`.
-        seed: Two `int32`.
+        seed: Everything random follows from it.
     """
-    seeds = tf.unstack(tf.random.experimental.stateless_split(seed, 3))
+    seeds = seed.split(3)
     shape = tf.shape(images)
     single = tf.stack([shape[0], 1, 1, 1, shape[4]])
-    gain = tf.random.stateless_uniform(single, seeds[0], 1.0 - GAIN, 1.0 + GAIN)
-    shift = tf.random.stateless_uniform(single, seeds[1], -SHIFT, SHIFT)
-    return images * gain + shift + NOISE * tf.random.stateless_normal(shape, seeds[2])
+    gain = seeds[0].uniform(single, 1.0 - GAIN, 1.0 + GAIN)
+    shift = seeds[1].uniform(single, -SHIFT, SHIFT)
+    return images * gain + shift + NOISE * seeds[2].normal(shape)
 
 
 @compat.register
@@ -58,7 +60,7 @@ class DenseContrastiveBranch(Branch):
     intensities, and pass encoder and decoder. The decoder's features at a lattice of
     places that both views show are projected; each place of the first view is a
     *query* that has to find itself in the second, its *positive key*, among the places
-    of all volumes of the batch.
+    of the volumes that `negatives` names.
 
     Offsets differ, so that no place can be told by its distance from the border. Places
     are `SPACING` voxels apart, so that near neighbours, which look alike, are not among
@@ -73,16 +75,22 @@ class DenseContrastiveBranch(Branch):
         strides: As for the encoder.
         across_cases: Whether the same place of other cases is a positive key. For
             aligned data.
+        negatives: Which cases the keys come from: `"case"`, `"batch"` or `"global"`, see
+            `contrast`.
         **kwargs: As for every Keras layer.
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`, spatial sizes known.
         describe: Maps images to features of their voxels, `(batch, x, y, z, channels)`.
-        seed: Two `int32`, or None outside training: then one fixed choice.
+        seed: A `Seed`. Defaults to a fixed one.
+        real: See `contrast`.
 
     Returns:
         `loss`, in nats, and `accuracy`, each `(queries,)`; `chance`, a scalar: the
         loss of a branch that knows nothing.
+
+    Raises:
+        ValueError: If `negatives` is unknown, or `"case"` with `across_cases`.
 
     Reference:
         [O Pinheiro et al., 2020](https://arxiv.org/abs/2011.05499) (contrast between
@@ -92,6 +100,7 @@ class DenseContrastiveBranch(Branch):
 
     prefix = "dense"
     shown = ("loss", "accuracy", "chance")
+    learns_from = "images"
     default_weight = 0.1
     decodes = True
 
@@ -100,10 +109,18 @@ class DenseContrastiveBranch(Branch):
         width: int,
         strides: Sequence[Factors] = ISOTROPIC,
         across_cases: bool = False,
+        negatives: str = "global",
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.supports_jit = False  # the op has no XLA form; Keras 3 then compiles without XLA
+        check_negatives(negatives)
+        if across_cases and negatives == "case":
+            raise ValueError(
+                "negatives: value is 'case', must be 'batch' or 'global' where the same place of "
+                "other cases is a positive. Fix: change --negatives or --contrastive_form."
+            )
+        self.negatives = negatives
         self.width = width
         self.strides = per_axis(strides)
         self.across_cases = across_cases
@@ -119,69 +136,58 @@ class DenseContrastiveBranch(Branch):
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from all volumes."""
-        return self(batch.images, describe=_decoded(batch), seed=batch.seed)
+        return self(batch.images, describe=_decoded(batch), seed=batch.seed, real=batch.share > 0)
 
     def keys(self, batch: Batch) -> tf.Tensor:
         """See `Branch`: the places of the second view."""
-        rows = self._rows(batch.images, _decoded(batch), batch.seed)[1]
-        return tf.reshape(rows, (tf.shape(batch.images)[0], -1, LENGTH))
+        return self._views(batch.images, _decoded(batch), batch.seed)[1]
 
     def call(
         self,
         images: tf.Tensor,
         describe: Callable[[tf.Tensor], tf.Tensor],
-        seed: tf.Tensor | None = None,
+        seed: Seed | None = None,
+        real: tf.Tensor | bool = True,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
-        queries, keys = self._rows(images, describe, seed)
-        return self._compare(queries, keys, cases=tf.shape(images)[0])
+        queries, keys = self._views(images, describe, seed)
+        return contrast(
+            queries,
+            keys,
+            np.arange(keys.shape[1]),
+            tf.exp(tf.convert_to_tensor(self.log_temperature)),
+            self.negatives,
+            real,
+            self.across_cases,
+        )
 
-    def _rows(
+    def _views(
         self,
         images: tf.Tensor,
         describe: Callable[[tf.Tensor], tf.Tensor],
-        seed: tf.Tensor | None,
+        seed: Seed | None,
     ) -> list[tf.Tensor]:
-        """The places that both views show, projected, as rows of the one and the other."""
+        """The places of both views, projected, `(batch, places, LENGTH)`."""
         crop = images.shape[1:4]
         size = view_shape(crop, self.strides)
         room = np.subtract(crop, size)
-        seeds = tf.unstack(
-            tf.random.experimental.stateless_split([0, 0] if seed is None else seed, 3)
-        )
-        chances = tf.random.stateless_uniform((2, 3), seeds[0])
+        seeds = (Seed.fixed() if seed is None else seed).split(3)
+        chances = tf.random.stateless_uniform((2, 3), seeds[0].pair)
         offsets = tf.cast(chances * tf.cast(room + 1, tf.float32), tf.int32)
         start = tf.reduce_max(offsets, 0)  # from here on, both views show `size - room` voxels
-        rows = []
+        places = []
         for i in range(2):
             view = _box(images, offsets[i], size)
             features = describe(change_intensities(view, seeds[1 + i]))
             common = _box(features, start - offsets[i], np.subtract(size, room))
-            rows.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
-        return rows
+            places.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
+        return places
 
     def _project(self, features: tf.Tensor) -> tf.Tensor:
-        """Rows `(batch * places, LENGTH)`; the places of a volume follow each other."""
+        """Maps `(batch, x, y, z, channels)` to `(batch, places, LENGTH)`, float32."""
         rows = tf.reshape(features, (-1, features.shape[-1]))
-        return tf.cast(self.projection(self.hidden(rows)), tf.float32)
-
-    def _compare(self, queries: tf.Tensor, keys: tf.Tensor, cases: tf.Tensor) -> dict[str, Any]:
-        count = tf.shape(queries)[0]
-        places = count // cases
-        place = tf.range(count) % places
-        temperature = tf.exp(tf.convert_to_tensor(self.log_temperature))
-        left_out = {"query_ids": place, "key_ids": place}  # own positives are named, and stay
-        if self.across_cases:
-            compared = {"query_labels": place, "key_labels": place}
-            candidates = count
-        else:
-            compared = {**left_out, "positives": tf.range(count)}
-            candidates = count - cases + 1
-        return {
-            "loss": info_nce(queries, keys, temperature=temperature, **compared),
-            "accuracy": retrieval_accuracy(queries, keys, **left_out),
-            "chance": tf.math.log(tf.cast(candidates, tf.float32)),
-        }
+        projected = tf.cast(self.projection(self.hidden(rows)), tf.float32)
+        return tf.reshape(projected, (-1, math.prod(features.shape[1:4]), LENGTH))
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of this layer."""
@@ -189,6 +195,7 @@ class DenseContrastiveBranch(Branch):
             "width": self.width,
             "strides": self.strides,
             "across_cases": self.across_cases,
+            "negatives": self.negatives,
         }
         return {**super().get_config(), **config}
 

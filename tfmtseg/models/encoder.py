@@ -11,6 +11,7 @@ import tensorflow as tf
 from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.models.blocks import Factors, ResidualBlock, convolution, per_axis
+from tfmtseg.ops.seed import Seed
 
 LEVELS = ("h0", "h1", "h2", "h3")
 BLOCKS = (1, 2, 2, 4)
@@ -33,7 +34,7 @@ class Encoder(keras.layers.Layer):
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`.
-        seed: Two `int32`, or None. With a seed, dropout is on and depends on nothing
+        seed: A `Seed`, or None. With a seed, dropout is on and depends on nothing
             else; without, it is off. (A state inside the layer would be lost when
             training resumes.)
 
@@ -93,7 +94,7 @@ class Encoder(keras.layers.Layer):
             for entry, start, count in zip(self.entries, first, BLOCKS, strict=True)
         ]
 
-    def call(self, images: tf.Tensor, seed: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+    def call(self, images: tf.Tensor, seed: Seed | None = None) -> dict[str, tf.Tensor]:
         """See the class."""
         levels = {}
         x = images
@@ -102,12 +103,12 @@ class Encoder(keras.layers.Layer):
             x = levels[name] = tf.recompute_grad(level)(x) if self.remat else level(x)
         return levels
 
-    def _level(self, number: int, seed: tf.Tensor | None, x: tf.Tensor) -> tf.Tensor:
+    def _level(self, number: int, seed: Seed | None, x: tf.Tensor) -> tf.Tensor:
         """The features of a level from those of the one above, or from the images."""
         if number == 0:
             x = self.first(x)
             if seed is not None and self.dropout > 0:
-                x = tf.nn.experimental.stateless_dropout(x, self.dropout, seed=seed)
+                x = seed.dropout(x, self.dropout)
         entry, blocks = self._stages()[number]
         x = entry(x)
         for block in blocks:

@@ -26,8 +26,8 @@ def recompute_in_parts(
     Neither pass holds more than what one part takes.
 
     Args:
-        function: Maps `(n, ...)` and the number of the part, an `int32`, to float32
-            `(n, features)`.
+        function: Maps `(n, ...)` and the number of its first row in the batch, an `int32`,
+            to float32 `(n, features)`.
         x: The batch, `(batch, ...)`. Gradients reach the variables that `function` uses,
             but not `x`.
         part_size: Largest `n`.
@@ -46,7 +46,7 @@ def recompute_in_parts(
             return tf.ensure_shape(piece, [None, *array.shape[1:]])
 
         def run(number: tf.Tensor, results: tf.TensorArray) -> Any:
-            return number + 1, results.write(number, function(part(x, number), number))
+            return number + 1, results.write(number, function(part(x, number), number * part_size))
 
         results = tf.TensorArray(
             tf.float32, size=parts, infer_shape=False, element_shape=[None, features]
@@ -63,7 +63,7 @@ def recompute_in_parts(
         ) -> tuple[None, list[tf.Tensor]]:
             def add(number: tf.Tensor, *sums: tf.Tensor) -> Any:
                 with tf.GradientTape() as tape:
-                    result = function(part(x, number), number)
+                    result = function(part(x, number), number * part_size)
                 own = tape.gradient(
                     result,
                     variables,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,13 @@ from tfmtseg.models.encoder import ISOTROPIC, Encoder
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
+from tfmtseg.ops import replicas
+from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 
 
 @compat.register
-class Segmenter(keras.Model):
+class Segmenter(compat.Model):
     """3D segmentation model whose encoder may serve a second task.
 
     A plain Keras model: `compile(optimizer)`, `fit(dataset)`, `evaluate`, `predict`.
@@ -38,6 +41,11 @@ class Segmenter(keras.Model):
     labelled ones), the variational branch from all volumes, the boundary branch from
     those with a label. `vaeseg` and `cpcseg` are `ssvaeseg` and `sscpcseg` where the
     dataset yields labelled volumes only.
+
+    Under a `tf.distribute` strategy a step is that of the global batch: losses and scores
+    are means over all replicas' volumes, whichever replica has how many of either kind, and
+    one replica with the same volumes in the same order makes the same update. The exception
+    is `negatives="batch"`.
 
     Args:
         regions: What is segmented: a `Regions`, its configuration, or the number of
@@ -51,6 +59,9 @@ class Segmenter(keras.Model):
             or `"dense_across"` with positives across aligned cases, see
             `DenseContrastiveBranch`.
         predictor_blocks: Residual blocks of the contrastive branch's predictor.
+        negatives: Which cases a contrast takes negatives from: `"case"`, `"batch"` or
+            `"global"`, see `contrast`. The last two differ where there are several
+            replicas. Not for the paper's form.
         branch_weight: Factor of the branch's loss. Defaults to 0.1 for the repaired
             and 0.001 for the paper's contrastive form, 0.1 for the variational and 1
             for the boundary branch.
@@ -106,6 +117,7 @@ class Segmenter(keras.Model):
         cube_size: int | Sequence[int] = 32,
         contrastive_form: str = "repaired",
         predictor_blocks: int = 8,
+        negatives: str = "global",
         branch_weight: float | None = None,
         teacher_momentum: float = 0.99,
         teacher_start: int = 1,
@@ -155,13 +167,16 @@ class Segmenter(keras.Model):
                 self.branch = BoundaryBranch(width, regions, strides, name="boundary_branch")
             elif kind == "contrastive" and contrastive_form.startswith("dense"):
                 across = contrastive_form == "dense_across"
-                self.branch = DenseContrastiveBranch(width, strides, across, name="dense_branch")
+                self.branch = DenseContrastiveBranch(
+                    width, strides, across, negatives, name="dense_branch"
+                )
             elif kind == "contrastive":
                 self.branch = ContrastiveBranch(
                     width * 8,
                     cube_size,
                     contrastive_form,
                     predictor_blocks,
+                    negatives,
                     remat,
                     name="contrastive_branch",
                 )
@@ -194,6 +209,7 @@ class Segmenter(keras.Model):
             "cube_size": cube_size if isinstance(cube_size, int) else list(cube_size),
             "contrastive_form": contrastive_form,
             "predictor_blocks": predictor_blocks,
+            "negatives": negatives,
             "branch_weight": branch_weight,
             "teacher_momentum": teacher_momentum,
             "teacher_start": teacher_start,
@@ -274,13 +290,17 @@ class Segmenter(keras.Model):
         optimizer = getattr(self, "optimizer", None)
         return 0 if optimizer is None else compat.iterations(optimizer)
 
-    def _seed(self, purpose: int) -> tf.Tensor:
-        """A seed of its own for each purpose, replica and update, `int32`, `(2,)`."""
-        step = self._updates_made()
-        replica = tf.distribute.get_replica_context()
-        number = 0 if replica is None else replica.replica_id_in_sync_group
-        seed = tf.random.experimental.stateless_fold_in(tf.stack([self.seed, purpose]), step)
-        return tf.random.experimental.stateless_fold_in(seed, number)
+    def _seed(self, purpose: int, first: tf.Tensor | int = 0) -> Seed:
+        """A seed of its own for each purpose and update.
+
+        Args:
+            purpose: Tells apart what is drawn in one update.
+            first: Number, in the global batch, of the first volume that is drawn for.
+        """
+        pair = tf.stack([self.seed, purpose])
+        for number in (self._updates_made(), 0):  # the second: numbers as they always were
+            pair = tf.random.experimental.stateless_fold_in(pair, number)
+        return Seed(pair, first)
 
     def _forward(
         self, data: Any, training: bool
@@ -289,47 +309,69 @@ class Segmenter(keras.Model):
 
         Each part of the model sees the volumes it learns from: the decoder those with
         a label, the branch those without (all of them, where every volume has one).
-        Mixed volumes need both.
+        Mixed volumes need both. What counts is the global batch.
 
         Returns:
-            The loss to minimise, what the trackers show, and what the metrics need.
+            This replica's part of the loss to minimise, what the trackers show, and what
+            the metrics need.
         """
         images, labels, labeled = _unpack(data)
         if not self.built:  # `fit` on a new model comes here before any call
             self.build(images.shape)
         if self.pretraining:
             labeled = tf.zeros_like(labeled)
-        seeds = [self._seed(i) if training else None for i in range(5)]
-        # Convolutions refuse empty batches: without any label, all run with weight 0.
-        segmented = labeled | ~tf.reduce_any(labeled)
-        weights = tf.cast(tf.boolean_mask(labeled, segmented), tf.float32)
-        annotated = tf.boolean_mask(images, segmented)
-        labels = tf.boolean_mask(labels, segmented)
-        others = tf.boolean_mask(images, tf.reduce_all(labeled) | ~labeled)
+        if replicas.count() > 1:
+            images, labels, labeled, real = _stand_in(images, labels, labeled)
+        else:
+            real = tf.ones_like(labeled)
+        kinds, some_unlabeled = _kinds(labeled, real)
+        whole, with_label, without = kinds["images"], kinds["labels"], kinds["others"]
+
+        def seed(purpose: int, kind: _Kind) -> Seed:
+            return self._seed(purpose, kind.first) if training else Seed.fixed(kind.first)
+
+        def encode(
+            images: tf.Tensor, purpose: int, kind: _Kind, rows: int = 1, first: tf.Tensor | int = 0
+        ) -> dict[str, tf.Tensor]:
+            if not training:
+                return self.encoder(images)
+            return self.encoder(images, seed=seed(purpose, kind).per_row(rows).after(first))
+
+        weights = tf.cast(tf.boolean_mask(labeled, with_label.chosen), tf.float32)
+        annotated = tf.boolean_mask(images, with_label.chosen)
+        labels = tf.boolean_mask(labels, with_label.chosen)
+        others = tf.boolean_mask(images, without.chosen)
         levels = branch_levels = {}
         if self.branch is not None and self.branch.encodes_all:
             # One pass of the encoder for the branch and the decoder.
-            branch_levels = self.encoder(images, seed=seeds[0])
+            branch_levels = encode(images, 0, whole)
             levels = {
-                name: tf.boolean_mask(level, segmented) for name, level in branch_levels.items()
+                name: tf.boolean_mask(level, with_label.chosen)
+                for name, level in branch_levels.items()
             }
         elif not self.pretraining:
-            levels = branch_levels = self.encoder(annotated, seed=seeds[0])
+            levels = branch_levels = encode(annotated, 0, with_label)
         loss, shown, features = tf.zeros(()), {}, None
         metrics: dict[str, Any] = dict.fromkeys(("x", "y", "y_pred", "sample_weight"))
         if not self.pretraining:
             features = self._branch_features(levels)
             logits = self._segment(levels, features)
             values = self.segmentation_loss.call(labels, logits)
-            loss = shown["seg_loss"] = _mean(values, weights)
+            loss = shown["seg_loss"] = with_label.share * _mean(values, weights)
             metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
         if self.teacher is not None:
-            taught = ~tf.reduce_all(labeled)
-            shown["mix_loss"] = self._mix_loss(
-                self.teacher, annotated, labels, weights, others, taught, seeds[3:]
+            mixing = seed(3, without), seed(4, without) if training else None
+            shown["mix_loss"] = without.share * self._mix_loss(
+                self.teacher,
+                (annotated, labels, weights),
+                others,
+                without.first,
+                some_unlabeled,
+                mixing,
             )
             loss += shown["mix_loss"]
         if self.branch is not None:
+            kind = kinds[self.branch.learns_from]
             batch = Batch(
                 images=images,
                 others=others,
@@ -337,56 +379,58 @@ class Segmenter(keras.Model):
                 weights=weights,
                 levels=branch_levels,
                 features=features,
-                encode=lambda further, part=None: self.encoder(
-                    further, seed=_fold_in(seeds[1], part)
-                ),
+                encode=lambda further, rows=1, first=0: encode(further, 1, kind, rows, first),
                 decode=self.decoder,
-                seed=seeds[2],
+                seed=seed(2, kind),
+                training=training,
+                share=kind.share,
             )
             prefix = self.branch.prefix
             for name, value in self.branch.learn(batch).items():
-                shown[f"{prefix}_{name}"] = tf.reduce_mean(value)
+                shown[f"{prefix}_{name}"] = kind.share * tf.reduce_mean(value)
             loss += self.branch_weight * shown[f"{prefix}_loss"]
         shown["loss"] = loss
-        return loss, shown, metrics
+        return loss, replicas.total(shown), metrics
 
     def _mix_loss(
         self,
         teacher: Teacher,
-        annotated: tf.Tensor,
-        labels: tf.Tensor,
-        weights: tf.Tensor,
+        labelled: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
         others: tf.Tensor,
+        first_other: tf.Tensor,
         taught: tf.Tensor,
-        seeds: Sequence[tf.Tensor | None],
+        seeds: tuple[Seed, Seed | None],
     ) -> tf.Tensor:
-        """Loss of labelled volumes mixed with others.
+        """Segmentation loss of labelled volumes mixed with others.
 
         Args:
             teacher: Labels `others`.
-            annotated: Images with a label; they take turns as the first partner.
-            labels: Their label maps.
-            weights: 1, or 0 for all: then the loss is 0.
+            labelled: Images with a label, their label maps, and weights: 1, or 0 for all,
+                then the loss is 0. Those of all replicas take turns as the first partner.
             others: Images without a label, each the second partner once.
+            first_other: Their first one's number in the global batch.
             taught: Whether the teacher may label `others`. Until `teacher_start` and
-                where there is nothing to label, the next of `annotated` comes instead,
+                where there is nothing to label, the next labelled volume comes instead,
                 with its own label.
             seeds: For the masks, and for dropout; None outside training.
         """
+        annotated, labels, weights = map(replicas.gather, labelled)
+        if replicas.count() > 1:  # stand-ins are partners only where there is nothing else
+            real = weights > 0
+            real |= ~tf.reduce_any(real)
+            annotated, labels, weights = (
+                tf.boolean_mask(part, real) for part in (annotated, labels, weights)
+            )
         taught &= self._updates_made() >= self.teacher_start
         available = tf.shape(annotated)[0]
-        first = tf.range(tf.shape(others)[0]) % available
+        first = (first_other + tf.range(tf.shape(others)[0])) % available
         second = (first + 1) % available
         partners = tf.cond(
             taught,
             lambda: (others, label_map(teacher(others), self.regions)),
             lambda: (tf.gather(annotated, second), tf.gather(labels, second)),
         )
-        masks = box_masks(
-            tf.shape(others)[0],
-            tf.shape(others)[1:4],
-            tf.constant([0, 0]) if seeds[0] is None else seeds[0],
-        )
+        masks = box_masks(tf.shape(others)[0], tf.shape(others)[1:4], seeds[0])
         ours = tf.gather(annotated, first), tf.gather(labels, first)
         images, labels = paste(masks, ours, partners)
         logits = self._segment(self.encoder(images, seed=seeds[1]))
@@ -403,7 +447,7 @@ class Segmenter(keras.Model):
             getattr(self, f"{name}_tracker").update_state(value)
         if not self.pretraining:
             self.dice.update_state(metrics["y"], metrics["y_pred"], metrics["sample_weight"])
-        return dict(self.compute_metrics(**metrics))
+        return compat.step_results(dict(self.compute_metrics(**metrics)))
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One update; returns the running means of losses and Dice scores.
@@ -479,11 +523,72 @@ class Segmenter(keras.Model):
         self.optimizer.build(self.trainable_variables)
 
 
-def _fold_in(seed: tf.Tensor | None, part: tf.Tensor | None) -> tf.Tensor | None:
-    """A seed of its own for each part; `seed` itself for None."""
-    if seed is None or part is None:
-        return seed
-    return tf.random.experimental.stateless_fold_in(seed, part)
+@dataclass(frozen=True)
+class _Kind:
+    """Volumes of the global batch that something is learned from, as a replica sees them.
+
+    Args:
+        chosen: Booleans, `(batch,)`: those of this replica. Where it has none, all its
+            volumes stand in for them, because convolutions refuse empty batches.
+        share: Float32, `()`: the fraction that this replica has, 0 with stand-ins.
+        first: `int32`, `()`: how many the replicas before have.
+    """
+
+    chosen: tf.Tensor
+    share: tf.Tensor
+    first: tf.Tensor
+
+
+def _kinds(labeled: tf.Tensor, real: tf.Tensor) -> tuple[dict[str, _Kind], tf.Tensor]:
+    """Sorts the volumes of a batch.
+
+    Args:
+        labeled: Booleans, `(batch,)`.
+        real: False for volumes that count nowhere.
+
+    Returns:
+        All `"images"`; those with `"labels"`; the `"others"`, without (with, where every
+        volume of the global batch has one). And whether there is one without.
+    """
+    masks = labeled, real & ~labeled
+    own = tf.stack([tf.math.count_nonzero(mask, dtype=tf.int32) for mask in masks])
+    counts = replicas.gather(own[None])
+    some_unlabeled = tf.reduce_sum(counts[:, 1]) > 0
+
+    def kind(mask: tf.Tensor, counts: tf.Tensor) -> _Kind:
+        ours = tf.math.count_nonzero(mask, dtype=tf.float32)
+        return _Kind(
+            chosen=mask | ~tf.reduce_any(mask),
+            share=tf.math.divide_no_nan(ours, tf.cast(tf.reduce_sum(counts), tf.float32)),
+            first=replicas.rows_before(counts),
+        )
+
+    kinds = {
+        "images": kind(real, tf.reduce_sum(counts, 1)),
+        "labels": kind(labeled, counts[:, 0]),
+        "others": kind(
+            tf.where(some_unlabeled, masks[1], labeled),
+            tf.where(some_unlabeled, counts[:, 1], counts[:, 0]),
+        ),
+    }
+    return kinds, some_unlabeled
+
+
+def _stand_in(
+    images: tf.Tensor, labels: tf.Tensor, labeled: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """A volume of zeros for a replica without any: a last batch may be smaller.
+
+    Returns:
+        The arguments, and `(batch,)`, False for that volume.
+    """
+    missing = tf.cast(tf.equal(tf.shape(images)[0], 0), tf.int32)
+
+    def filled(values: tf.Tensor) -> tf.Tensor:
+        shape = tf.concat([[missing], tf.shape(values)[1:]], 0)
+        return tf.concat([values, tf.zeros(shape, values.dtype)], 0)
+
+    return filled(images), filled(labels), filled(labeled), filled(tf.ones_like(labeled))
 
 
 def _mean(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:

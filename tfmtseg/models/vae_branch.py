@@ -22,6 +22,7 @@ from tfmtseg.models.blocks import (
 )
 from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.encoder import ISOTROPIC, LEVELS
+from tfmtseg.ops.seed import Seed
 
 SQUEEZED_CHANNELS = 16
 LATENT_SIZE = 128
@@ -51,7 +52,7 @@ class VAEBranch(Branch):
 
     Call arguments:
         bottleneck: The encoder's last level.
-        seed: Two `int32`, or None outside training: then the mean takes the place of
+        seed: A `Seed`, or None outside training: then the mean takes the place of
             a sample.
 
     Returns:
@@ -69,6 +70,7 @@ class VAEBranch(Branch):
 
     prefix = "vae"
     shown = ("loss", "reconstruction", "kl")
+    learns_from = "images"
     encodes_all = True
     default_weight = 0.1
 
@@ -118,7 +120,7 @@ class VAEBranch(Branch):
         self.last.build(shape)
         self.built = True
 
-    def call(self, bottleneck: tf.Tensor, seed: tf.Tensor | None = None) -> dict[str, tf.Tensor]:
+    def call(self, bottleneck: tf.Tensor, seed: Seed | None = None) -> dict[str, tf.Tensor]:
         """See the class."""
         if tuple(bottleneck.shape[1:4]) != self.bottleneck_size:
             raise ValueError(
@@ -131,7 +133,7 @@ class VAEBranch(Branch):
         z_log_var = tf.clip_by_value(self.to_log_var(x), -MAX_LOG_VAR, MAX_LOG_VAR)
         z = z_mean
         if seed is not None:
-            z += tf.exp(0.5 * z_log_var) * tf.random.stateless_normal(tf.shape(z), seed)
+            z += tf.exp(0.5 * z_log_var) * seed.normal(tf.shape(z))
         x = tf.reshape(self.unflatten(z), (-1, *self.squeezed_shape))
         x = self.upsample(self.expand(x))
         for block in reversed(self.up):
@@ -140,7 +142,7 @@ class VAEBranch(Branch):
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from all volumes, labelled or not."""
-        result = self(batch.levels[LEVELS[-1]], seed=batch.seed)
+        result = self(batch.levels[LEVELS[-1]], seed=batch.seed if batch.training else None)
         reconstruction = reconstruction_error(batch.images, result["reconstruction"])
         kl = kl_divergence(result["z_mean"], result["z_log_var"])
         return {"loss": reconstruction + kl, "reconstruction": reconstruction, "kl": kl}

@@ -177,6 +177,7 @@ def retrieval_accuracy(
     normalize: bool = True,
     query_ids: tf.Tensor | None = None,
     key_ids: tf.Tensor | None = None,
+    key_mask: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Whether each query is more similar to its positive than to every negative.
 
@@ -187,12 +188,13 @@ def retrieval_accuracy(
         normalize: See `queries`.
         query_ids: See `queries`.
         key_ids: See `queries`.
+        key_mask: See `queries`.
 
     Returns:
         Float32, `(N,)`: 1 or 0. Has no gradient.
     """
     queries, keys = _rows(tf.stop_gradient(queries), tf.stop_gradient(keys), normalize)
-    candidates = _candidates(queries, keys, positives, None, query_ids, key_ids, None)
+    candidates = _candidates(queries, keys, positives, None, query_ids, key_ids, key_mask)
     return reference.accuracies(queries, keys, candidates)
 
 

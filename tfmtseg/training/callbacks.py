@@ -214,11 +214,14 @@ class Checkpoints(keras.callbacks.Callback):
     Args:
         model: A compiled model with built weights and optimizer.
         directory: Folder of the checkpoints; the last two are kept.
+        writes: Whether this process saves; of several workers, one does.
     """
 
-    def __init__(self, model: Segmenter, directory: Path):
+    def __init__(self, model: Segmenter, directory: Path, writes: bool = True):
         super().__init__()
         self.optimizer = model.optimizer
+        self.directory = directory
+        self.writes = writes
         self.state = tf.train.Checkpoint(
             model=compat.tensorflow_variables(model.state),
             optimizer=compat.tensorflow_variables(model.optimizer.variables),
@@ -227,19 +230,24 @@ class Checkpoints(keras.callbacks.Callback):
 
     def restore(self) -> int:
         """Brings back the last save, if there is one; returns the updates made so far."""
-        latest = self.manager.latest_checkpoint
+        # Not the manager's, which knows its own saves alone.
+        latest = tf.train.latest_checkpoint(str(self.directory))
         if latest is not None:
             self.state.restore(latest).assert_consumed()
         return int(compat.iterations(self.optimizer))
 
-    def save(self) -> None:
-        """Saves; if that fails, the last save remains, and no part of the new one."""
-        with whole_or_not(Path(self.manager.directory)):
-            self.manager.save()
-
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves."""
         self.save()
+
+    def save(self) -> None:
+        """Saves, in the process that writes.
+
+        If that fails, the last save remains, and no part of the new one.
+        """
+        if self.writes:
+            with whole_or_not(self.directory):
+                self.manager.save()
 
 
 class Termination(keras.callbacks.Callback):
@@ -268,7 +276,8 @@ class Termination(keras.callbacks.Callback):
         if self.asked:
             self.checkpoints.save()
             step = int(compat.iterations(self.checkpoints.optimizer))
-            print(f"Asked to end: saved after step {step}. Repeat the command to go on.")
+            saved = "saved " * self.checkpoints.writes
+            print(f"Asked to end: {saved}after step {step}. Repeat the command to go on.")
             sys.exit(128 + signal.SIGTERM)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

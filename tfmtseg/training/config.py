@@ -15,12 +15,16 @@ import yaml
 from tfmtseg.data.augment import Augmentation
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors
+from tfmtseg.models.contrast import NEGATIVES
 from tfmtseg.models.contrastive_branch import grid_shape
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.training.precision import PRECISIONS
 from tfmtseg.training.sizes import Strides, total_strides
 
 UNKNOWN = (0, 0, 0)
+OPTIMIZERS = ("adamw", "ranger")
+AVERAGES = ("none", "ema", "swa")
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker")
 
 
 MAX_ITEMS = 16  # of a list in a settings file
@@ -85,6 +89,11 @@ class TrainConfig:
         UNKNOWN, "Edges of the contrastive cubes in voxels, one or three; 0 chooses one."
     )
     predictor_blocks: int = _setting(8, "Residual blocks of the contrastive predictor.")
+    negatives: str = _setting(
+        "global",
+        "Where a contrast's negatives come from: the case, the replica's batch, or the global "
+        "batch of all replicas. The paper's form stays within the case.",
+    )
     branch_weight: float = _setting(-1.0, "Factor of the branch's loss; below 0: the default.")
 
     teacher_momentum: float = _setting(0.99, "Momentum of the weights of copy-paste's teacher.")
@@ -94,8 +103,10 @@ class TrainConfig:
     pseudo_label_weight: float = _setting(0.5, "Factor of the loss on the teacher's labels.")
 
     crop: Factors = _setting(UNKNOWN, "Patch size in voxels, such as 96,96,96; 0 chooses one.")
-    labeled_per_step: int = _setting(2, "Labelled patches in each step.")
-    unlabeled_per_step: int = _setting(2, "Unlabelled patches in each step, where used.")
+    labeled_per_step: int = _setting(2, "Labelled patches in each step, on all replicas.")
+    unlabeled_per_step: int = _setting(
+        2, "Unlabelled patches in each step, on all replicas, where used."
+    )
     foreground_probability: float = _setting(
         0.33, "Fraction of labelled patches centred on labelled tissue."
     )
@@ -115,12 +126,26 @@ class TrainConfig:
     blur_voxels: float = _setting(0.8, "Largest standard deviation of blur.")
     blur_probability: float = _setting(0.2, "Fraction of patches blurred.")
 
+    strategy: str = _setting(
+        "auto",
+        "Where a step is computed: one_device; mirrored, on several GPUs, or parts of the "
+        "processor where there is none; multi_worker, on the machines of TF_CONFIG.",
+    )
+    num_replicas: int = _setting(
+        0, "Devices that share a step, which must divide its patches; 0 takes all GPUs."
+    )
     train_steps: int = _setting(5000, "Updates in all.")
     steps_per_epoch: int = _setting(100, "Updates between checkpoints; divides train_steps.")
-    learning_rate: float = _setting(1e-3, "Adam's learning rate after the warm-up.")
+    learning_rate: float = _setting(1e-3, "The learning rate after the warm-up.")
     warmup_steps: int = _setting(20, "Updates over which the learning rate rises.")
     weight_decay: float = _setting(1e-5, "Decoupled weight decay per update, falls with the rate.")
-    ema_momentum: float = _setting(0.99, "Momentum of the averaged weights that are kept.")
+    optimizer: str = _setting("adamw", "adamw; ranger: rectified Adam that looks ahead.")
+    weight_averaging: str = _setting(
+        "ema",
+        "The weights that are kept: none, the last; ema, an exponential average; swa, the mean "
+        "over the ends of the virtual epochs of the last quarter.",
+    )
+    ema_momentum: float = _setting(0.99, "Momentum of the exponential average.")
 
     overlap: float = _setting(0.5, "Overlap of the windows in inference, in [0, 1).")
 
@@ -157,7 +182,8 @@ class TrainConfig:
         limits = {
             "num_labeled": 0, "num_development": 0, "num_test": 0, "ids_per_subject": 1,
             "labeled_per_step": 1, "unlabeled_per_step": 0, "train_steps": 1,
-            "steps_per_epoch": 1, "warmup_steps": 0, "width": 8, "predictor_blocks": 1,
+            "steps_per_epoch": 1, "warmup_steps": 0, "num_replicas": 0, "width": 8,
+            "predictor_blocks": 1,
         }  # fmt: skip
         pretrain = self.mode == "pretrain"
         able = [name for name, method in METHODS.items() if method.can_pretrain]
@@ -184,6 +210,18 @@ class TrainConfig:
                 f"one of {', '.join(PRECISIONS)}",
                 "choose one",
             ),
+            (
+                "optimizer",
+                self.optimizer in OPTIMIZERS,
+                f"one of {', '.join(OPTIMIZERS)}",
+                "choose one",
+            ),
+            (
+                "weight_averaging",
+                self.weight_averaging in AVERAGES,
+                f"one of {', '.join(AVERAGES)}",
+                "choose one",
+            ),
             ("teacher_momentum", 0 <= self.teacher_momentum < 1, "in [0, 1)", "choose 0.99"),
             ("teacher_start", 0 <= self.teacher_start <= 1, "in [0, 1]", "choose 0.33"),
             ("pseudo_label_weight", self.pseudo_label_weight >= 0, "0 or more", "choose 0.5"),
@@ -198,6 +236,24 @@ class TrainConfig:
                 "contrastive_form",
                 self.contrastive_form in CONTRASTIVE_FORMS,
                 f"one of {', '.join(CONTRASTIVE_FORMS)}",
+                "choose one",
+            ),
+            (
+                "negatives",
+                self.negatives in NEGATIVES,
+                f"one of {', '.join(NEGATIVES)}",
+                "choose one",
+            ),
+            (
+                "negatives",
+                self.negatives != "case" or self.contrastive_form != "dense_across",
+                "batch or global with --contrastive_form=dense_across",
+                "choose one",
+            ),
+            (
+                "strategy",
+                self.strategy in STRATEGIES,
+                f"one of {', '.join(STRATEGIES)}",
                 "choose one",
             ),
             (

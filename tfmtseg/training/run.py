@@ -33,7 +33,7 @@ from tfmtseg.compat import keras
 from tfmtseg.data.cache import Record, build_cache
 from tfmtseg.data.cases import Case, DataFolder, read_case_list, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry
-from tfmtseg.data.pipeline import batch_cases, held_out_batches, training_batches
+from tfmtseg.data.pipeline import WHOLE, Share, batch_cases, held_out_batches, training_batches
 from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import write_json, write_text
@@ -55,9 +55,20 @@ from tfmtseg.training.memory import training_memory_gb
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
 from tfmtseg.training.precision import choose_precision
 from tfmtseg.training.sizes import MAX_CROP, choose_crop, choose_cube, choose_strides
+from tfmtseg.training.strategy import (
+    LOST,
+    WorkerLost,
+    distribute,
+    make_strategy,
+    several_workers,
+    wait_for_all,
+    writes,
+)
 
-# Settings that may differ when a run goes on: they change no result.
-MAY_CHANGE = {"data_dir", "unlabeled_dir", "allow_root", "model_dir", "cache_dir"}
+# Settings that may differ when a run goes on: they change no result, or its rounding alone.
+MAY_CHANGE = {
+    "data_dir", "unlabeled_dir", "allow_root", "model_dir", "cache_dir", "strategy", "num_replicas",
+}  # fmt: skip
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -75,8 +86,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         InputError: If a setting or a case cannot be used, or the folder holds a run
             with other settings.
         InputErrors: With everything that is wrong with the data.
+        WorkerLost: If another worker has died. The same call in a new process goes on as
+            soon as all are there.
     """
     config.check()
+    strategy = make_strategy(config)
     directory = Path(config.model_dir)
     keras.utils.set_random_seed(config.seed)
     folder = read_data_folder(config.data_dir, config.allow_root)
@@ -92,26 +106,34 @@ def train(config: TrainConfig) -> dict[str, Any]:
         print(f"{directory} holds this run, finished; nothing to do.")
         return json.loads(result_file.read_text(encoding="utf-8"))
 
-    model = make_model(config, regions)
-    model.build((None, *config.crop, len(folder.modalities)))
     initialized: list[str] = []
-    if config.init_checkpoint:
-        initialized = initialize(model, config.init_checkpoint, folder.modalities)
-        print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}")
-    model.compile(make_optimizer(config))
-    # Building the optimizer first spares a second tracing of the training step.
-    model.optimizer.build(model.trainable_variables)
-    checkpoints = Checkpoints(model, directory / "checkpoints")
+    with strategy.scope():
+        model = make_model(config, regions)
+        model.build((None, *config.crop, len(folder.modalities)))
+        if config.init_checkpoint:
+            initialized = initialize(model, config.init_checkpoint, folder.modalities)
+            print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}")
+        model.compile(make_optimizer(config))
+        # Building the optimizer first spares a second tracing of the training step.
+        model.optimizer.build(model.trainable_variables)
+    checkpoints = Checkpoints(model, directory / "checkpoints", writes(strategy))
     first_step = checkpoints.restore()
-    splits.write(directory / "splits")
-    write_model(directory, model, folder.modalities, config.crop)
-    write_text(directory / "config.yaml", config.to_yaml())
-    _print_plan(config, splits, model, first_step)
+    if writes(strategy):
+        splits.write(directory / "splits")
+        write_model(directory, model, folder.modalities, config.crop)
+        write_text(directory / "config.yaml", config.to_yaml())
+    _print_plan(config, splits, model, first_step, strategy.num_replicas_in_sync)
 
-    seconds, cpu_seconds = _fit(
-        config, model, labelled, unlabelled, development, checkpoints, first_step
-    )
-    write_weights(directory, model)
+    try:
+        seconds, cpu_seconds = _fit(
+            config, strategy, model, labelled, unlabelled, development, checkpoints, first_step
+        )
+    except LOST as error:
+        if several_workers(strategy):
+            raise WorkerLost(error.message) from error
+        raise
+    if writes(strategy):
+        write_weights(directory, model)
     num_labeled, num_unlabeled = len(splits.labeled), len(splits.unlabeled)
     if config.mode == "pretrain":
         num_labeled, num_unlabeled = 0, num_labeled + num_unlabeled
@@ -127,12 +149,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "cpu_seconds": round(cpu_seconds, 1),
         "peak_memory_gb": round(peak_memory_gb(), 2),
         "precision": config.precision,
+        "num_replicas": strategy.num_replicas_in_sync,
         "parameters": model.count_parameters(),
         **compat.versions(),
         "ops_implementation": library.choose(),
         "history_file": "history.csv",
     }
-    write_json(result_file, result)
+    if writes(strategy):
+        write_json(result_file, result)
     print(f"Memory at its peak: {result['peak_memory_gb']:.1f} GB")
     return result
 
@@ -287,6 +311,7 @@ def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
         cube_size=config.cube_size,
         contrastive_form=config.contrastive_form,
         predictor_blocks=config.predictor_blocks,
+        negatives=config.negatives,
         branch_weight=None if config.branch_weight < 0 else config.branch_weight,
         teacher_momentum=config.teacher_momentum,
         teacher_start=max(1, round(config.teacher_start * config.train_steps)),
@@ -298,7 +323,9 @@ def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
     )
 
 
-def _print_plan(config: TrainConfig, splits: Splits, model: Segmenter, first_step: int) -> None:
+def _print_plan(
+    config: TrainConfig, splits: Splits, model: Segmenter, first_step: int, replicas: int
+) -> None:
     counts = ", ".join(
         f"{len(getattr(splits, field.name))} {field.name}" for field in dataclasses.fields(splits)
     )
@@ -310,10 +337,11 @@ def _print_plan(config: TrainConfig, splits: Splits, model: Segmenter, first_ste
         kinds.append(f"{config.unlabeled_per_step} unlabelled")
     crop = " x ".join(map(str, config.crop))
     parameters = sum(model.count_parameters().values())
+    where = f" on {replicas} replicas" if replicas > 1 else ""
     print(
         f"{config.mode.capitalize()}ing {config.method}, {parameters / 1e6:.2f} million "
         f"parameters, {config.train_steps} steps of {' + '.join(kinds)} patches of {crop} voxels, "
-        f"{config.precision}"
+        f"{config.precision}{where}"
     )
     print(f"Memory: at most about {training_memory_gb(config, parameters):.1f} GB")
     if first_step:
@@ -324,6 +352,7 @@ def _print_plan(config: TrainConfig, splits: Splits, model: Segmenter, first_ste
 
 def _fit(
     config: TrainConfig,
+    strategy: tf.distribute.Strategy,
     model: Segmenter,
     labelled: Sequence[Record],
     unlabelled: Sequence[Record],
@@ -334,21 +363,24 @@ def _fit(
     """Runs `fit` from `first_step` on; returns the time of the whole run, see `History`."""
     directory = Path(config.model_dir)
     pretrain = config.mode == "pretrain"
-    held_out = None
-    if development:
-        held_out = held_out_batches(
+    per_batch = config.unlabeled_per_step if pretrain else config.labeled_per_step
+
+    def held_out(share: Share) -> tf.data.Dataset:
+        return held_out_batches(
             development,
             config.crop,
-            per_batch=config.unlabeled_per_step if pretrain else config.labeled_per_step,
+            per_batch=per_batch,
             foreground_probability=config.foreground_probability,
             seed=config.split_seed,
+            share=share,
         )
+
     per_step = {
         "labeled_per_step": 0 if pretrain else config.labeled_per_step,
         "unlabeled_per_step": config.unlabeled_per_step if config.uses_unlabelled else 0,
     }
 
-    def batches(start: int, stop: int) -> tf.data.Dataset:
+    def batches(start: int, stop: int, share: Share = WHOLE) -> tf.data.Dataset:
         return training_batches(
             labelled,
             unlabelled,
@@ -358,37 +390,37 @@ def _fit(
             augmentation=config.augmentation,
             foreground_probability=config.foreground_probability,
             seed=config.seed,
+            share=share,
         )
 
     example = None
     if not pretrain:
-        drawn = batches(0, 1) if held_out is None else held_out
+        drawn = held_out(WHOLE) if development else batches(0, 1)
         images, labels, _ = (part.numpy() for part in next(iter(drawn)))
         example = images, labels
     history = History(directory / "history.csv", config.steps_per_epoch, make_schedule(config))
     termination = Termination(checkpoints)
     progress = Progress(config.train_steps)
-    callbacks = [
-        progress,
-        TensorBoard(directory / "tensorboard", config.steps_per_epoch, example),
-        history,
-        checkpoints,
-        termination,
-    ]
+    callbacks = [checkpoints, termination]
+    if writes(strategy):
+        board = TensorBoard(directory / "tensorboard", config.steps_per_epoch, example)
+        callbacks = [progress, board, history, *callbacks]
     # A run that was asked to end goes on amid an epoch, whose rest comes first.
     steps = config.steps_per_epoch
     rest = -first_step % steps
     spans = [(first_step, first_step + rest, rest)] if rest else []
     spans.append((first_step + rest, config.train_steps, steps))
     for first, last, steps_per_epoch in spans:
+        wait_for_all(strategy)  # until the last save is there
         checkpoints.restore()  # the end of `fit` leaves averages in place of the weights
         try:
             model.fit(
-                batches(first, last),
+                distribute(strategy, partial(batches, first, last)),
                 epochs=last // steps,
                 initial_epoch=first // steps,
                 steps_per_epoch=steps_per_epoch,
-                validation_data=held_out,
+                validation_data=distribute(strategy, held_out) if development else None,
+                validation_steps=-(-len(development) // per_batch),
                 shuffle=False,
                 verbose=0,
                 callbacks=callbacks,

@@ -1,0 +1,154 @@
+"""Runs on several replicas: the same curves as on one, and workers that die."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.errors import InputError
+from tfmtseg.training.config import TrainConfig
+from tfmtseg.training.run import train
+from tfmtseg.training.strategy import make_strategy
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Three held-out cases in batches of two: in the last batch, one replica has none.
+CONFIG = TrainConfig(
+    method="encdec", regions="brats_msd", num_labeled=2, num_development=3, width=8,
+    crop=(16, 16, 16), train_steps=4, steps_per_epoch=2, strategy="one_device",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    root = tmp_path_factory.mktemp("strategy")
+    write_phantoms(root / "data", 5, seed=1, shape=(20, 20, 20))
+    places = {"data_dir": root / "data", "cache_dir": root / "cache", "model_dir": root / "run"}
+    return dataclasses.replace(CONFIG, **{name: str(path) for name, path in places.items()})
+
+
+def curve(config: TrainConfig) -> list[dict[str, float]]:
+    """The losses and scores of a run."""
+    with (Path(config.model_dir) / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    times = ("seconds", "cpu_seconds")
+    return [{k: float(v) for k, v in row.items() if k not in times} for row in rows]
+
+
+def same_curves(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    assert [row["step"] for row in one] == [2, 4]
+    for ours, theirs in zip(one, other, strict=True):
+        # Adam turns rounding of gradients near 0 into updates; four of them.
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def alone(config) -> list[dict[str, float]]:
+    """The curve of one replica."""
+    train(config)
+    return curve(config)
+
+
+def test_two_replicas_have_the_curve_of_one(config, alone, tmp_path):
+    mirrored = dataclasses.replace(
+        config, model_dir=str(tmp_path / "run"), strategy="mirrored", num_replicas=2
+    )
+    assert train(mirrored)["num_replicas"] == 2
+    same_curves(curve(mirrored), alone)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+DIES_AFTER_AN_EPOCH = """
+import os, signal, sys
+from tfmtseg.training import callbacks
+def die(self, epoch, logs=None): os.kill(os.getpid(), signal.SIGKILL)
+callbacks.Checkpoints.on_epoch_end = die
+from tfmtseg.tools import train
+train.run()
+"""
+
+
+def test_a_worker_dies_and_comes_back(config, alone, tmp_path):
+    """kill -9 of the second of two workers; it is started again, and the run finishes."""
+    run = tmp_path / "run"
+    changes = {**dataclasses.asdict(config), "model_dir": str(run), "strategy": "multi_worker"}
+    (tmp_path / "config.yaml").write_text(TrainConfig(**changes).to_yaml())
+    flags = [f"--config_file={tmp_path / 'config.yaml'}"]
+    hosts = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+    files = [tmp_path / f"worker{i}.txt" for i in range(3)]
+
+    def start(index: int, output: Path, *command: str) -> subprocess.Popen:
+        task = {"type": "worker", "index": index}
+        cluster = json.dumps({"cluster": {"worker": hosts}, "task": task})
+        with output.open("w") as file:
+            return subprocess.Popen(
+                [sys.executable, *command, *flags], stdout=file, stderr=subprocess.STDOUT,
+                cwd=ROOT, env={**os.environ, "TF_CONFIG": cluster},
+            )  # fmt: skip
+
+    workers = [start(0, files[0], "tools/train.py"), start(1, files[1], "-c", DIES_AFTER_AN_EPOCH)]
+    try:
+        assert workers[1].wait(timeout=300) == -signal.SIGKILL, files[1].read_text()[-2000:]
+        assert not (run / "result.json").exists()
+        workers.append(start(1, files[2], "tools/train.py"))
+        for worker, file in ((workers[2], files[2]), (workers[0], files[0])):
+            assert worker.wait(timeout=300) == 0, file.read_text()[-2000:]
+            assert "Going on after step 2" in file.read_text()
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert "A worker was lost, starting again" in files[0].read_text()
+    same_curves(curve(dataclasses.replace(config, model_dir=str(run))), alone)
+    assert json.loads((run / "result.json").read_text())["num_replicas"] == 2
+
+
+def test_auto_is_one_device_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    assert make_strategy(TrainConfig()) is tf.distribute.get_strategy()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"strategy": "mirrored"}, r"num_replicas: value is 0, must be 1 or more where there is"),
+        ({"num_replicas": 2}, r"num_replicas: value is 2, must be 1, as --strategy=one_device"),
+        ({"strategy": "mirrored", "num_replicas": 16}, r"must be 1 once TensorFlow runs"),
+        (
+            {"strategy": "mirrored", "num_replicas": 2, "labeled_per_step": 3},
+            r"labeled_per_step: value is 3, must be a multiple of the 2 replicas.*choose 4",
+        ),
+        (
+            {"strategy": "mirrored", "num_replicas": 2, "unlabeled_per_step": 5},
+            r"unlabeled_per_step: value is 5, must be a multiple of the 2 replicas.*choose 6",
+        ),
+        ({"strategy": "multi_worker"}, r"TF_CONFIG: cluster of workers is missing"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(changes, message, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    tf.zeros(())  # TensorFlow runs
+    with pytest.raises(InputError, match=message):
+        make_strategy(TrainConfig(**changes))
+
+
+def test_a_cluster_that_is_no_json_is_refused(monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", "{")
+    with pytest.raises(InputError, match="TF_CONFIG: value is unreadable"):
+        make_strategy(TrainConfig())
