@@ -140,3 +140,29 @@ def test_every_region_has_a_name_and_no_background(text):
 def test_exclusive_labels_have_no_gap():
     with pytest.raises(InputError, match="without a gap"):
         Regions(("a", "b"), ((1,), (3,)), nested=False)
+
+
+def test_largest_components_of_classes():
+    label_map = np.zeros((9, 3, 3), np.uint8)
+    label_map[0] = 1  # 9 voxels
+    label_map[2, 0] = 1  # 3 voxels, apart
+    label_map[4:6, 0] = 2
+    label_map[6, 1] = 2  # touches by an edge only
+    expected = label_map.copy()
+    expected[2] = expected[6] = 0
+    result = Regions.exclusive(["a", "b", "c"]).largest_components(label_map)
+    np.testing.assert_array_equal(result, expected)
+    assert result.dtype == np.uint8
+
+
+def test_largest_components_of_nested_regions():
+    """The smaller region's larger piece lies in what the larger region loses."""
+    label_map = np.zeros((9, 3, 3), np.int32)
+    label_map[0:4] = 1
+    label_map[0, 0] = 2  # 3 voxels
+    label_map[6:8] = 2  # 18 voxels, of a piece of 18
+    expected = label_map.copy()
+    expected[6:8] = 0
+    regions = Regions.parse("WHOLE=1,2;CORE=2")
+    np.testing.assert_array_equal(regions.largest_components(label_map), expected)
+    assert not regions.largest_components(np.zeros((2, 2, 2), int)).any()

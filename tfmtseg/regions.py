@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import ndimage
 
 from tfmtseg.errors import InputError
 
@@ -150,6 +151,28 @@ class Regions:
             Booleans, one more axis at the end: one channel per region.
         """
         return np.stack([np.isin(label_map, values) for values in self.members], axis=-1)
+
+    def largest_components(self, label_map: np.ndarray) -> np.ndarray:
+        """What is left when each region keeps its largest piece only.
+
+        Of nested regions, the largest piece within the larger region's is kept.
+
+        Args:
+            label_map: Integers, `(x, y, z)`. Voxels are connected by their faces.
+
+        Returns:
+            The same type and shape.
+        """
+        result = np.zeros_like(label_map)
+        for values, label in zip(self.members, self.own_labels, strict=True):
+            mask = np.isin(label_map, values)
+            if self.nested and label != self.own_labels[0]:
+                mask &= result > 0
+            pieces, count = ndimage.label(mask)
+            if count:
+                largest = 1 + np.argmax(np.bincount(pieces.ravel())[1:])
+                result[pieces == largest] = label
+        return result
 
     def label_map(self, logits: np.ndarray) -> np.ndarray:
         """The label map that `logits` stand for.

@@ -10,6 +10,7 @@ from tfmtseg import Segmenter, compat
 from tfmtseg.compat import keras
 from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.models.copy_paste import box_masks
+from tfmtseg.models.views import another_view
 
 CROP = (8, 8, 16)
 START = 3
@@ -80,6 +81,7 @@ def test_mixed_patches_by_hand(model, labeled, updates):
     masks = box_masks(count, CROP, model._seed(3)).numpy()
     mixed = np.where(masks[..., None], annotated[first], others)
     targets = np.where(masks, truths[first], other_labels)
+    mixed = another_view(tf.constant(mixed), model._seed(4).split(2)[0])  # tested on its own
     logits = model(mixed).numpy()
     loss = SegmentationLoss(model.regions).call  # tested on its own
     per_patch = loss(targets, logits, np.float32(masks)).numpy()
@@ -105,6 +107,24 @@ def test_unlabelled_patches_change_the_update_once_there_is_a_teacher(model, upd
         results.append(np.concatenate([w.ravel() for w in values(model.trainable_variables)]))
     # The same arithmetic where they do not matter; threads may sum in another order.
     assert (np.abs(results[0] - results[1]).max() > 1e-4) == matters
+
+
+def test_the_teachers_labels_may_be_one_piece_each(model, monkeypatch):
+    """Labels of the other patches are those of the teacher without its smaller pieces."""
+    data = batch([1, 0])
+    logits = model.teacher(data[0][1:])
+    cleaned = model.regions.largest_components(logits.numpy().argmax(-1)[0])
+    assert (cleaned != logits.numpy().argmax(-1)[0]).any()
+    monkeypatch.setattr(model, "largest_component", True)
+    seen = []
+    call = model.segmentation_loss.call
+    monkeypatch.setattr(
+        model.segmentation_loss, "call", lambda *args: seen.append(args) or call(*args)
+    )
+    losses(model, data)
+    labels, _, pseudo = seen[-1]  # of the mixed patch, where the teacher's label counts
+    where = pseudo.numpy() > 0
+    np.testing.assert_array_equal(labels.numpy()[where], cleaned[None][where])
 
 
 def test_labels_of_unlabelled_patches_are_ignored(model):

@@ -16,11 +16,11 @@ from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrast import check_negatives, contrast
 from tfmtseg.models.contrastive_branch import temperature_weight
 from tfmtseg.models.encoder import ISOTROPIC
+from tfmtseg.models.views import another_view
 from tfmtseg.ops.seed import Seed
 
 SPACING = 3  # voxels between the places that are compared
 HIDDEN, LENGTH = 64, 32  # of the projection
-GAIN, SHIFT, NOISE = 0.2, 0.2, 0.1  # largest changes of a view's intensities
 
 
 def view_shape(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
@@ -35,21 +35,6 @@ def view_shape(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
         for size, step in zip(crop, np.prod(strides, 0).tolist(), strict=True)
     )
     return x, y, z
-
-
-def change_intensities(images: tf.Tensor, seed: Seed) -> tf.Tensor:
-    """Gain, shift and noise, drawn for each volume and modality.
-
-    Args:
-        images: Normalised, `(batch, x, y, z, modalities)`.
-        seed: Everything random follows from it.
-    """
-    seeds = seed.split(3)
-    shape = tf.shape(images)
-    single = tf.stack([shape[0], 1, 1, 1, shape[4]])
-    gain = seeds[0].uniform(single, 1.0 - GAIN, 1.0 + GAIN)
-    shift = seeds[1].uniform(single, -SHIFT, SHIFT)
-    return images * gain + shift + NOISE * seeds[2].normal(shape)
 
 
 @compat.register
@@ -178,7 +163,7 @@ class DenseContrastiveBranch(Branch):
         places = []
         for i in range(2):
             view = _box(images, offsets[i], size)
-            features = describe(change_intensities(view, seeds[1 + i]))
+            features = describe(another_view(view, seeds[1 + i]))
             common = _box(features, start - offsets[i], np.subtract(size, room))
             places.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
         return places

@@ -17,13 +17,14 @@ from tfmtseg.models.blocks import Factors, convolution
 from tfmtseg.models.boundary_branch import BoundaryBranch
 from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch
-from tfmtseg.models.copy_paste import box_masks, label_map, paste
+from tfmtseg.models.copy_paste import box_masks, label_map, largest_components, paste
 from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.dense_branch import DenseContrastiveBranch
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
+from tfmtseg.models.views import another_view
 from tfmtseg.ops import replicas
 from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
@@ -70,6 +71,8 @@ class Segmenter(compat.Model):
             then, labelled patches are mixed with each other. `tfmtseg-train` takes a
             third of all updates.
         pseudo_label_weight: Factor of the loss where the label is the teacher's.
+        largest_component: Whether every region is one piece, as organs are and tumours
+            are not: of the teacher's labels, the largest piece is kept.
         pretraining: Whether encoder and branch learn alone, from all volumes and
             without labels; the head stays as it is, and the decoder too, unless the
             contrast is dense.
@@ -122,6 +125,7 @@ class Segmenter(compat.Model):
         teacher_momentum: float = 0.99,
         teacher_start: int = 1,
         pseudo_label_weight: float = 0.5,
+        largest_component: bool = False,
         pretraining: bool = False,
         remat: bool = False,
         seed: int = 0,
@@ -184,6 +188,7 @@ class Segmenter(compat.Model):
         self.pretraining = pretraining
         self.teacher_start = teacher_start
         self.pseudo_label_weight = pseudo_label_weight
+        self.largest_component = largest_component
         # Last, so that encoder, decoder and head draw the same weights under all methods.
         self.teacher: Teacher | None = None
         if METHODS[method].copy_paste and not pretraining:
@@ -214,6 +219,7 @@ class Segmenter(compat.Model):
             "teacher_momentum": teacher_momentum,
             "teacher_start": teacher_start,
             "pseudo_label_weight": pseudo_label_weight,
+            "largest_component": largest_component,
             "pretraining": pretraining,
             "remat": remat,
             "seed": seed,
@@ -412,7 +418,11 @@ class Segmenter(compat.Model):
             taught: Whether the teacher may label `others`. Until `teacher_start` and
                 where there is nothing to label, the next labelled volume comes instead,
                 with its own label.
-            seeds: For the masks, and for dropout; None outside training.
+            seeds: For the masks; for intensities and dropout, None outside training.
+
+        Reference:
+            [Bai et al., 2023](https://arxiv.org/abs/2305.00673); the change of intensities
+            after [Sohn et al., 2020](https://arxiv.org/abs/2001.07685), section 2.
         """
         annotated, labels, weights = map(replicas.gather, labelled)
         if replicas.count() > 1:  # stand-ins are partners only where there is nothing else
@@ -423,17 +433,27 @@ class Segmenter(compat.Model):
             )
         taught &= self._updates_made() >= self.teacher_start
         available = tf.shape(annotated)[0]
+
+        def pseudo_labels() -> tf.Tensor:
+            labels = label_map(teacher(others), self.regions)
+            return largest_components(labels, self.regions) if self.largest_component else labels
+
         first = (first_other + tf.range(tf.shape(others)[0])) % available
         second = (first + 1) % available
         partners = tf.cond(
             taught,
-            lambda: (others, label_map(teacher(others), self.regions)),
+            lambda: (others, pseudo_labels()),
             lambda: (tf.gather(annotated, second), tf.gather(labels, second)),
         )
         masks = box_masks(tf.shape(others)[0], tf.shape(others)[1:4], seeds[0])
         ours = tf.gather(annotated, first), tf.gather(labels, first)
         images, labels = paste(masks, ours, partners)
-        logits = self._segment(self.encoder(images, seed=seeds[1]))
+        dropout_seed = None
+        if seeds[1] is not None:
+            # Other intensities than the teacher saw: there is more to learn than to repeat it.
+            view_seed, dropout_seed = seeds[1].split(2)
+            images = another_view(images, view_seed)
+        logits = self._segment(self.encoder(images, seed=dropout_seed))
         real = tf.cast(masks, tf.float32)
         values = self.segmentation_loss.call(labels, logits, real)
         pseudo_values = self.segmentation_loss.call(labels, logits, 1.0 - real)

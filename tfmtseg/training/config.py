@@ -101,6 +101,9 @@ class TrainConfig:
         0.33, "Fraction of the updates until the teacher labels patches to be mixed."
     )
     pseudo_label_weight: float = _setting(0.5, "Factor of the loss on the teacher's labels.")
+    largest_component: bool = _setting(
+        False, "Whether a region is one piece: of the teacher's labels the largest is kept."
+    )
 
     crop: Factors = _setting(UNKNOWN, "Patch size in voxels, such as 96,96,96; 0 chooses one.")
     labeled_per_step: int = _setting(2, "Labelled patches in each step, on all replicas.")

@@ -316,6 +316,7 @@ def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
         teacher_momentum=config.teacher_momentum,
         teacher_start=max(1, round(config.teacher_start * config.train_steps)),
         pseudo_label_weight=config.pseudo_label_weight,
+        largest_component=config.largest_component,
         pretraining=config.mode == "pretrain",
         remat=config.remat,
         seed=config.seed,
