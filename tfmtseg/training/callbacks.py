@@ -226,6 +226,9 @@ class Checkpoints(keras.callbacks.Callback):
             model=compat.tensorflow_variables(model.state),
             optimizer=compat.tensorflow_variables(model.optimizer.variables),
         )
+        # TensorFlow makes the counter at the first save; under several workers, all of them
+        # would have to take part in that.
+        int(self.state.save_counter)
         self.manager = tf.train.CheckpointManager(self.state, str(directory), max_to_keep=2)
 
     def restore(self) -> int:
