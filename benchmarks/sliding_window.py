@@ -59,6 +59,7 @@ def prepare_tfmtseg(folder: Path, precision: str):
     signature = [tf.TensorSpec((None, *window, MODALITIES), tf.float32)]
     network = tf.function(lambda images: model(images, training=False), signature)
     image = volume()
+    network(image[None, : window[0], : window[1], : window[2]])  # builds the graph
 
     def call() -> None:
         logits = sliding_window_logits(
