@@ -36,6 +36,7 @@ from tfmtseg.inference.in_graph import (
 from tfmtseg.models.copy_paste import label_map
 from tfmtseg.ops import library
 from tfmtseg.regions import Regions
+from tfmtseg.training.checkpoint import whole_or_not
 from tfmtseg.training.run import Run, load_run
 from tfmtseg.training.sizes import total_strides
 
@@ -54,6 +55,7 @@ def export_model(model_dir: str | os.PathLike[str], output_dir: str | os.PathLik
 
     Raises:
         InputError: If the run cannot be read, or `output_dir` is no folder.
+        OSError: If the files cannot be written, the disk being full, say.
     """
     run = load_run(model_dir)
     output_dir = Path(output_dir)
@@ -65,7 +67,7 @@ def export_model(model_dir: str | os.PathLike[str], output_dir: str | os.PathLik
     path = output_dir / str(_next_version(output_dir))
     # Who serves a model does not train it.
     options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path) as temporary, whole_or_not(path):
         tf.saved_model.save(module, str(temporary), signatures, options)
         write_json(temporary / "assets.extra" / "model.json", _description(run))
     return path

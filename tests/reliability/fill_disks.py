@@ -2,9 +2,10 @@
 
     python tests/reliability/fill_disks.py TIMES [SEED]
 
-For checkpoints and final weights, TIMES times each: files may not grow beyond a random
-size while numbers are saved over others. The save must fail with an OSError, all files
-must be what they were, without any more beside them, and a save with room must succeed.
+For checkpoints and final weights, TIMES times each, and for exports, which take longer, a
+tenth of that: files may not grow beyond a random size while numbers are saved over others,
+or beside the last export. That must fail with an OSError, all files must be what they
+were, without any more beside them, and a save with room must succeed.
 Then the disk fills up amid a training, which must tell so with status 1, and go on, when
 there is room and its command is repeated, to the bits of a run with room.
 """
@@ -26,6 +27,7 @@ import tensorflow as tf
 from tfmtseg import Segmenter, compat
 from tfmtseg.compat import keras
 from tfmtseg.console import BAD_SYSTEM
+from tfmtseg.export import export_model
 from tfmtseg.training.callbacks import Checkpoints
 from tfmtseg.training.checkpoint import write_weights
 
@@ -59,22 +61,28 @@ def save_on_full_disks(directory: Path, times: int, random: np.random.Generator)
         ("checkpoints", checkpoints.save),
         ("weights", partial(write_weights, directory, model)),
     ):
-        save(action)
-        before = files(directory / name)
-        largest = max(map(len, before.values()))
-        for _ in range(times):
-            limit_files(int(random.integers(largest)))
-            try:
-                save(action)
-            except OSError:
-                pass
-            else:
-                raise AssertionError(f"{name}: a save beyond the limit was not reported")
-            finally:
-                limit_files(UNLIMITED)
-            if files(directory / name) != before:
-                raise AssertionError(f"{name}: a failed save changed the files")
-        save(action)
+        fail_to_write(partial(save, action), directory / name, times, random)
+
+
+def fail_to_write(
+    write: Callable[[], object], folder: Path, times: int, random: np.random.Generator
+) -> None:
+    write()
+    before = files(folder)
+    largest = max(map(len, before.values()))
+    for _ in range(times):
+        limit_files(int(random.integers(largest)))
+        try:
+            write()
+        except OSError:
+            pass
+        else:
+            raise AssertionError(f"{folder}: a write beyond the limit was not reported")
+        finally:
+            limit_files(UNLIMITED)
+        if files(folder) != before:
+            raise AssertionError(f"{folder}: a failed write changed the files")
+    write()
 
 
 def train_on_a_full_disk(folder: Path, random: np.random.Generator) -> None:
@@ -103,9 +111,14 @@ def main(times: int, seed: int = 0) -> None:
         with runs.copy(lambda: save_on_full_disks(folder, times, random), log) as process:
             if runs.wait(process):
                 raise AssertionError(runs.tail(log))
+        exports, served = max(1, times // 10), folder / "served"
+        write = partial(export_model, folder / "whole", served)
+        with runs.copy(lambda: fail_to_write(write, served, exports, random), log) as process:
+            if runs.wait(process):
+                raise AssertionError(runs.tail(log))
     print(
-        f"checkpoints and weights: {times} full disks each, 0 partial files; a training on a full "
-        "disk told so and went on to the same bits"
+        f"checkpoints and weights: {times} full disks each, exports: {exports}, 0 partial files; "
+        "a training on a full disk told so and went on to the same bits"
     )
 
 
