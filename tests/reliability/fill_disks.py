@@ -58,7 +58,7 @@ def save_on_full_disks(directory: Path, times: int, random: np.random.Generator)
         action()
 
     for name, action in (
-        ("checkpoints", checkpoints.save),
+        ("checkpoints", checkpoints.commit),
         ("weights", partial(write_weights, directory, model)),
     ):
         fail_to_write(partial(save, action), directory / name, times, random)

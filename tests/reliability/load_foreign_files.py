@@ -105,7 +105,10 @@ def write_run(directory: Path) -> Segmenter:
     model.build((None, 16, 16, 16, len(MODALITIES)))
     write_model(directory, model, MODALITIES, (16, 16, 16))
     write_weights(directory, model)
-    write_text(directory / "config.yaml", TrainConfig(method="encdec", width=8).to_yaml())
+    write_text(
+        directory / "config.yaml",
+        TrainConfig(method="encdec", width=8, crop=(16, 16, 16)).to_yaml(),
+    )
     Splits(("a",), (), (), ()).write(directory / "splits")
     write_json(directory / "result.json", {})
     load_run(directory)  # it is sound
@@ -130,7 +133,7 @@ def doors(
         "--init_checkpoint": lambda: initialize(model, bomb, MODALITIES),
         "--model_dir": lambda: predict(bomb),
     }
-    for name in ("model.json", "config.yaml", "splits/labeled.txt", "weights/final.index"):
+    for name in ("model.json", "config.yaml", "weights/final.index"):
         disguised = copy_to(run, folder / name.replace("/", " ") / "run")
         (disguised / name).unlink()
         copy_to(bomb, disguised / name)

@@ -241,9 +241,9 @@ class Checkpoints(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves."""
-        self.save()
+        self.commit()
 
-    def save(self) -> None:
+    def commit(self) -> None:
         """Saves, in the process that writes.
 
         If that fails, the last save remains, and no part of the new one.
@@ -277,7 +277,7 @@ class Termination(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Ends the process with status 143, as shells call a death by SIGTERM."""
         if self.asked:
-            self.checkpoints.save()
+            self.checkpoints.commit()
             step = int(compat.iterations(self.checkpoints.optimizer))
             saved = "saved " * self.checkpoints.writes
             print(f"Asked to end: {saved}after step {step}. Repeat the command to go on.")
