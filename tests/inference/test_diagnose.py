@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfmtseg.compat import keras
 from tfmtseg.data.cases import read_data_folder
 from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.data.splits import Splits
@@ -76,6 +77,7 @@ def test_a_run_is_measured(tmp_path, monkeypatch, form):
     folder = read_data_folder(config.data_dir)
     names = [case.name for case in folder.cases]
     splits = Splits((names[0],), (names[1],), tuple(names[2:]), ())
+    keras.utils.set_random_seed(0)
     model = make_model(config, Regions.parse(config.regions))
     model.build((None, 16, 16, 16, len(folder.modalities)))
     run = Run(tmp_path / "run", config, folder.modalities, splits, model)

@@ -144,7 +144,7 @@ def digest(model_dir: Path, broken_epochs: Sequence[int] = ()) -> str:
 
     Args:
         model_dir: Folder of the run.
-        broken_epochs: Last steps of epochs whose losses and scores are left out.
+        broken_epochs: Last steps of epochs that are left out of the curves.
     """
     result = hashlib.sha256()
     for saved in (checkpoint(model_dir), numbers(str(model_dir / "weights" / "final"))):
@@ -153,9 +153,8 @@ def digest(model_dir: Path, broken_epochs: Sequence[int] = ()) -> str:
     with (model_dir / "history.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             kept = {name: x for name, x in row.items() if not name.endswith("seconds")}
-            if int(row["step"]) in broken_epochs:
-                kept = {name: kept[name] for name in ("step", "learning_rate")}
-            result.update(json.dumps(kept, sort_keys=True).encode())
+            if int(row["step"]) not in broken_epochs:
+                result.update(json.dumps(kept, sort_keys=True).encode())
     return result.hexdigest()
 
 

@@ -152,7 +152,8 @@ PROMISES = {
     13: Promise(
         "SIGTERM saves and ends with status 143.",
         "Sent at random steps: what is saved is the very step, within 10 s, and the same command "
-        "goes on to the same bits as a run that nothing interrupted.",
+        "goes on to the same bits as a run that nothing interrupted. Left out: the points "
+        "that the curves have for interrupted epochs, made of what came after, if anything did.",
         (f"PYTHON {HERE}/interrupt_runs.py TERM 10 encdec",),
         (f"PYTHON {HERE}/interrupt_runs.py TERM 1 encdec",),
     ),

@@ -37,6 +37,7 @@ class Progress(keras.callbacks.Callback):
     def __init__(self, total_steps: int):
         super().__init__()
         self.total_steps = total_steps
+        self.bar: tqdm | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Opens the bar."""
@@ -52,12 +53,14 @@ class Progress(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Moves the bar."""
         shown = {k: f"{float(v):.3f}" for k, v in (logs or {}).items() if k.endswith("_loss")}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.set_postfix(shown, refresh=False)
+            self.bar.update()
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Closes the bar."""
-        self.bar.close()
+        """Closes the bar, where one was opened."""
+        if self.bar is not None:
+            self.bar.close()
 
 
 class History(keras.callbacks.Callback):
