@@ -177,7 +177,7 @@ def test_float16_in_fit(mirrored, request):
     dataset = dataset.with_options(options).repeat()
 
     def weights() -> list[np.ndarray]:
-        return [np.array(weight) for weight in model.get_weights()]
+        return [np.array(weight.numpy()) for weight in model.trainable_weights]
 
     before = weights()
     model.fit(dataset, steps_per_epoch=1, verbose=0, shuffle=False)

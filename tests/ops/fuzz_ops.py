@@ -125,8 +125,7 @@ def main() -> None:
     counts = Counter(
         (OPS[i % len(OPS)].__name__, OPS[i % len(OPS)](module, random)) for i in range(calls)
     )
-    for (op, outcome), count in sorted(counts.items()):
-        print(f"{op}: {count} calls {outcome}")
+    print("; ".join(f"{op}: {n} {outcome}" for (op, outcome), n in sorted(counts.items())))
 
 
 if __name__ == "__main__":
