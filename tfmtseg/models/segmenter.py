@@ -357,13 +357,14 @@ class Segmenter(compat.Model):
             }
         elif not self.pretraining:
             levels = branch_levels = encode(annotated, 0, with_label)
-        loss, shown, features = tf.zeros(()), {}, None
+        terms, shown, features = [], {}, None
         metrics: dict[str, Any] = dict.fromkeys(("x", "y", "y_pred", "sample_weight"))
         if not self.pretraining:
             features = self._branch_features(levels)
             logits = self._segment(levels, features)
             values = self.segmentation_loss.call(labels, logits)
-            loss = shown["seg_loss"] = with_label.share * _mean(values, weights)
+            shown["seg_loss"] = with_label.share * _mean(values, weights)
+            terms.append(shown["seg_loss"])
             metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
         if self.teacher is not None:
             mixing = seed(3, without), seed(4, without) if training else None
@@ -375,7 +376,7 @@ class Segmenter(compat.Model):
                 some_unlabeled,
                 mixing,
             )
-            loss += shown["mix_loss"]
+            terms.append(shown["mix_loss"])
         if self.branch is not None:
             kind = kinds[self.branch.learns_from]
             batch = Batch(
@@ -394,8 +395,9 @@ class Segmenter(compat.Model):
             prefix = self.branch.prefix
             for name, value in self.branch.learn(batch).items():
                 shown[f"{prefix}_{name}"] = kind.share * tf.reduce_mean(value)
-            loss += self.branch_weight * shown[f"{prefix}_loss"]
-        shown["loss"] = loss
+            terms.append(self.branch_weight * shown[f"{prefix}_loss"])
+        # Not by +, whose order TensorFlow chooses anew in each process.
+        loss = shown["loss"] = tf.add_n(terms)
         return loss, replicas.total(shown), metrics
 
     def _mix_loss(
