@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 
+from tfmtseg.models.contrastive_branch import grid_shape
+from tfmtseg.models.methods import METHODS
 from tfmtseg.training.config import TrainConfig
 
 START_GB = 0.8  # TensorFlow, this package, graphs, and patches on their way
 # Arrays of the size and width of the first level's features, for each patch of a step, that
-# wait for the gradient or are at work. All levels and branches are counted in.
+# wait for the gradient or are at work. All levels and branches are counted in, except the
+# contrastive cubes, which the decoder does not see.
 LIVE_FEATURES = 38
+LIVE_CUBE_FEATURES = 12
 WEIGHT_COPIES = 5  # weights, gradients, two moments, average
 
 
@@ -20,11 +24,18 @@ def training_memory_gb(config: TrainConfig, parameters: int) -> float:
     `docs/reliability.md` for what trainings took of it.
 
     Args:
-        config: Settings with a known crop.
+        config: Settings with a known crop and cube.
         parameters: Trainable weights, those of the branch included.
     """
-    patches = config.uses_unlabelled * config.unlabeled_per_step
-    if config.mode == "train":
-        patches += config.labeled_per_step
-    features = LIVE_FEATURES * patches * math.prod(config.crop) * config.width
+    unlabelled = config.uses_unlabelled * config.unlabeled_per_step
+    patches = unlabelled + (config.labeled_per_step if config.mode == "train" else 0)
+    arrays = LIVE_FEATURES * patches * math.prod(config.crop)
+    if METHODS[config.method].branch == "contrastive":
+        if config.contrastive_form.startswith("dense"):
+            arrays *= 2  # two views, each smaller than its patch
+        else:
+            cubes = math.prod(grid_shape(config.crop, config.cube_size))
+            contrasted = unlabelled or config.labeled_per_step
+            arrays += LIVE_CUBE_FEATURES * contrasted * cubes * math.prod(config.cube_size)
+    features = arrays * config.width
     return START_GB + 4 * (features + WEIGHT_COPIES * parameters) / 1e9
