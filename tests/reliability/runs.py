@@ -28,6 +28,7 @@ from tfmtseg import compat
 from tfmtseg.data.phantom import write_phantoms
 
 TRAIN_STEPS, STEPS_PER_EPOCH = 24, 3
+UNSURE = ("seconds", "cpu_seconds", "loss", "val_loss")  # what may differ between equal runs
 SETTINGS = {
     "regions": "brats_msd",
     "num_labeled": 2,
@@ -140,7 +141,8 @@ def digest(model_dir: Path, broken_epochs: Sequence[int] = ()) -> str:
     """One hash of everything a finished run leaves that does not tell of time or place.
 
     The last checkpoint, the final weights, and losses, scores and learning rates of all
-    epochs.
+    epochs. The shown sum of the losses is left out, its terms are in: TensorFlow 2.15 rounds
+    that sum in an order that differs from process to process.
 
     Args:
         model_dir: Folder of the run.
@@ -152,7 +154,7 @@ def digest(model_dir: Path, broken_epochs: Sequence[int] = ()) -> str:
             result.update(f"{name} {values.dtype} {values.shape}".encode() + values.tobytes())
     with (model_dir / "history.csv").open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            kept = {name: x for name, x in row.items() if not name.endswith("seconds")}
+            kept = {name: x for name, x in row.items() if name not in UNSURE}
             if int(row["step"]) not in broken_epochs:
                 result.update(json.dumps(kept, sort_keys=True).encode())
     return result.hexdigest()

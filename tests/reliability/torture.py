@@ -83,7 +83,7 @@ PROMISES = {
         "A killed training goes on to the same bits.",
         "Killed at random steps and started again by the same command, against a run that "
         "nothing interrupted: weights, teacher and optimizer of the last checkpoint, final "
-        "weights, losses, scores and learning rates of all epochs.",
+        "weights, terms of the loss, scores and learning rates of all epochs.",
         (f"PYTHON {HERE}/interrupt_runs.py KILL 10",),
         (f"PYTHON {HERE}/interrupt_runs.py KILL 1 bcp",),
     ),
