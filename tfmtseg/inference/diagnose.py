@@ -41,7 +41,7 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
     """Measures a finished run and writes `MODEL_DIR/diagnosis/SPLIT.json`.
 
     The probe learns from the run's labelled cases, the means of the search by place come
-    from all its training cases. Patches are fixed by the run's seed.
+    from all training cases of its data folder (not of `unlabeled_dir`). Patches are fixed by the run's seed.
 
     Args:
         model_dir: Folder of the run; a pretraining will do.
@@ -58,8 +58,8 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
     run = load_run(model_dir, segments=False)
     config = run.config
     labelled, held_out = cases_of(run, "labeled"), cases_of(run, split)
-    others = {case.name: case for case in run.folder.cases}
-    unlabelled = [others[name].without_label() for name in run.splits.unlabeled if name in others]
+    known = {case.name: case for case in run.folder.cases}
+    unlabelled = [known[name].without_label() for name in run.splits.unlabeled if name in known]
     records = build_cache(
         [*labelled, *held_out, *unlabelled],
         Path(config.cache_dir or run.directory / "cache"),
