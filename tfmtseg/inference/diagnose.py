@@ -41,7 +41,8 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
     """Measures a finished run and writes `MODEL_DIR/diagnosis/SPLIT.json`.
 
     The probe learns from the run's labelled cases, the means of the search by place come
-    from all training cases of its data folder (not of `unlabeled_dir`). Patches are fixed by the run's seed.
+    from all training cases of its data folder (not of `unlabeled_dir`). Patches are
+    fixed by the run's seed.
 
     Args:
         model_dir: Folder of the run; a pretraining will do.
