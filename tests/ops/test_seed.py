@@ -18,12 +18,9 @@ PAIR = [77, -5]
 def test_rows_of_tensorflows_own_numbers(shape, first):
     seed = Seed(tf.constant(PAIR), tf.constant(first))
     ours = (shape[0] - first, *shape[1:])
-    for low, high, dtype in (
-        (0.0, 1.0, tf.float32), (0.8, 1.2, tf.float32), (0.0, 1.0, tf.bfloat16),
-        (0.0, 1.0, tf.float16),
-    ):  # fmt: skip
-        whole = tf.random.stateless_uniform(shape, PAIR, low, high, dtype)
-        np.testing.assert_array_equal(seed.uniform(ours, low, high, dtype), whole[first:])
+    for low, high in ((0.0, 1.0), (0.8, 1.2)):
+        whole = tf.random.stateless_uniform(shape, PAIR, low, high)
+        np.testing.assert_array_equal(seed.uniform(ours, low, high), whole[first:])
     whole = tf.random.stateless_normal(shape, PAIR)
     np.testing.assert_array_equal(seed.normal(ours), whole[first:])
 
@@ -34,13 +31,29 @@ def test_several_rows_for_each():
     np.testing.assert_array_equal(seed.per_row(3).normal((4, 5)), whole[6:10])
 
 
-@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
-def test_dropout(dtype):
-    x = tf.ones((4, 3, 3, 8), dtype)
-    whole = tf.nn.experimental.stateless_dropout(x, 0.4, seed=PAIR)
+@pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16, tf.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dropout_by_halves_of_tensorflows_own_numbers(shape, dtype):
+    per_row = int(np.prod(shape[1:]))
+    words = (shape[0], (per_row + 1) // 2)
+    words = tf.random.stateless_uniform(words, PAIR, minval=None, maxval=None, dtype=tf.uint32)
+    halves = words.numpy().view(np.int16)[:, :per_row].reshape(shape)
+    kept = halves.astype(np.int64) >= round(0.4 * 65536) - 32768
+    x = (1 + np.arange(np.prod(shape)) % 128).reshape(shape) / 64  # exact in bfloat16
     for first in (0, 2):
-        part = Seed(tf.constant(PAIR), first).dropout(x[first:], 0.4)
-        np.testing.assert_array_equal(part, whole[first:])
+        part = Seed(tf.constant(PAIR), first).dropout(tf.constant(x[first:], dtype), 0.4)
+        # Two roundings, of the factor and of the product.
+        tolerance = 2.0 * np.finfo(np.float32).eps if dtype == tf.float32 else 2.0**-7
+        np.testing.assert_allclose(
+            tf.cast(part, tf.float64), (kept * x / 0.6)[first:], rtol=tolerance + 1e-5
+        )
+
+
+def test_dropout_keeps_the_mean():
+    values = Seed(tf.constant(PAIR)).dropout(tf.ones((1, 1_000_000)), 0.3).numpy()
+    # Standard error of the fraction: sqrt(.3 * .7 / 1e6) = .00046.
+    assert np.mean(values == 0) == pytest.approx(0.3, abs=0.002)
+    assert values.max() == pytest.approx(1 / 0.7, rel=1e-4)
 
 
 def test_split_as_tensorflow():

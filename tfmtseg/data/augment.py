@@ -143,23 +143,28 @@ def interpolate(volume: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
     Returns:
         Float32, `(..., channels)`.
     """
-    size = tf.shape(volume)[:3]
+    size = tf.unstack(tf.shape(volume)[:3])
     flat = tf.reshape(volume, (-1, volume.shape[-1]))
-    places = tf.clip_by_value(places, 0.0, tf.cast(size - 1, tf.float32))
-    low = tf.minimum(tf.cast(places, tf.int32), tf.maximum(size - 2, 0))
-    high = tf.minimum(low + 1, size - 1)
-    fraction = places - tf.cast(low, tf.float32)
-    strides = tf.stack([size[1] * size[2], size[2], 1])
-    corners = tf.stack([low * strides, high * strides])
-    weights = tf.stack([1.0 - fraction, fraction])
-    result = tf.zeros((), volume.dtype)
-    for corner in ((i, j, k) for i in (0, 1) for j in (0, 1) for k in (0, 1)):
-        index = tf.add_n([corners[side, ..., axis] for axis, side in enumerate(corner)])
-        weight = tf.ones(())
-        for axis, side in enumerate(corner):
-            weight *= weights[side, ..., axis]
-        result += weight[..., None] * tf.gather(flat, index)
-    return result
+    # As wide as the values: TensorFlow multiplies equal shapes several times faster.
+    channels = [*[1] * (places.shape.rank - 1), flat.shape[-1]]
+    first, second, fractions = [], [], []
+    for place, length, stride in zip(
+        tf.unstack(places, axis=-1), size, (size[1] * size[2], size[2], 1), strict=True
+    ):
+        place = tf.clip_by_value(place, 0.0, tf.cast(length - 1, tf.float32))
+        low = tf.cast(place, tf.int32)
+        first.append(low * stride)
+        second.append(tf.minimum(low + 1, length - 1) * stride)
+        fractions.append(tf.tile((place - tf.cast(low, tf.float32))[..., None], channels))
+
+    def along(axis: int, index: tf.Tensor | int) -> tf.Tensor:
+        """Interpolates along the axes from `axis` on."""
+        if axis == 3:
+            return tf.gather(flat, index)
+        start, stop = along(axis + 1, index + first[axis]), along(axis + 1, index + second[axis])
+        return start + fractions[axis] * (stop - start)
+
+    return along(0, 0)
 
 
 def nearest(volume: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
@@ -172,12 +177,13 @@ def nearest(volume: tf.Tensor, places: tf.Tensor) -> tf.Tensor:
     Returns:
         The type of `volume`, the shape of `places` without its last axis.
     """
-    size = tf.shape(volume)
-    index = tf.clip_by_value(tf.cast(tf.round(places), tf.int32), 0, size - 1)
-    return tf.gather(
-        tf.reshape(volume, [-1]),
-        (index[..., 0] * size[1] + index[..., 1]) * size[2] + index[..., 2],
-    )
+    index: tf.Tensor | int = 0
+    for place, length in zip(
+        tf.unstack(places, axis=-1), tf.unstack(tf.shape(volume)), strict=True
+    ):
+        voxel = tf.clip_by_value(tf.cast(tf.round(place), tf.int32), 0, length - 1)
+        index = index * length + voxel
+    return tf.gather(tf.reshape(volume, [-1]), index)
 
 
 def blur(patch: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
@@ -209,16 +215,20 @@ def change_intensities(patch: tf.Tensor, augmentation: Augmentation, seed: tf.Te
     """
     seeds = _seeds(seed, 7)
     channels = patch.shape[-1]
+    # Channels first: sums and products of a channel then run along memory.
+    values = tf.transpose(tf.reshape(patch, (-1, channels)))
     if augmentation.gamma > 1:
-        low = tf.reduce_min(patch, (0, 1, 2))
-        width = tf.reduce_max(patch, (0, 1, 2)) - low + 1e-6
-        exponent = tf.exp(_uniform(seeds[0], (channels,), tf.math.log(augmentation.gamma)))
-        curved = tf.pow((patch - low) / width, exponent)
-        mean, variance = tf.nn.moments(patch, (0, 1, 2))
-        new_mean, new_variance = tf.nn.moments(curved, (0, 1, 2))
-        patch = (curved - new_mean) * tf.sqrt(variance / (new_variance + 1e-12)) + mean
-    patch *= 1.0 + _uniform(seeds[1], (channels,), augmentation.gain)
-    patch += _uniform(seeds[2], (channels,), augmentation.shift)
+        low = tf.reduce_min(values, 1, keepdims=True)
+        width = tf.reduce_max(values, 1, keepdims=True) - low + 1e-6
+        exponent = tf.exp(_uniform(seeds[0], (channels, 1), tf.math.log(augmentation.gamma)))
+        # tf.pow takes three times as long.
+        curved = tf.exp(exponent * tf.math.log((values - low) / width))
+        mean, variance = tf.nn.moments(values, 1, keepdims=True)
+        new_mean, new_variance = tf.nn.moments(curved, 1, keepdims=True)
+        values = (curved - new_mean) * tf.sqrt(variance / (new_variance + 1e-12)) + mean
+    values *= 1.0 + _uniform(seeds[1], (channels, 1), augmentation.gain)
+    values += _uniform(seeds[2], (channels, 1), augmentation.shift)
+    patch = tf.reshape(tf.transpose(values), tf.shape(patch))
     largest = augmentation.blur_voxels
     if augmentation.blur_probability > 0 and largest > 0:
         sigma = tf.random.stateless_uniform((), seeds[3], min(0.3, largest), largest)

@@ -6,6 +6,7 @@ goes on after a break sees exactly the batches it would have seen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,9 +76,12 @@ def read_window(
     inner = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     place = tuple(slice(a, b) for a, b in zip(low - start, high - start, strict=True))
     shape = tuple(stop - start)
-    image = np.broadcast_to(record.background.astype(np.float32), (*shape, len(record.scale)))
-    image = image.copy()
-    image[place] = dequantize(record.image[inner], record.scale, record.offset)
+    image = dequantize(record.image[inner], record.scale, record.offset)
+    if image.shape[:-1] != shape:
+        inside = image
+        image = np.empty((*shape, len(record.scale)), np.float32)
+        image[:] = record.background
+        image[place] = inside
     label_map = np.zeros(shape, np.uint8)
     label = record.label
     if label is not None:
@@ -214,7 +218,10 @@ def training_batches(
     seed: int,
     share: Share = WHOLE,
 ) -> tf.data.Dataset:
-    """Batches of labelled patches followed by unlabelled ones.
+    """Batches of labelled and unlabelled patches.
+
+    These take turns in the largest number of equal groups, so that the batches of all
+    replicas, one after the other, are in the order of one replica's.
 
     Args:
         labelled: Cases with a label.
@@ -226,8 +233,7 @@ def training_batches(
         augmentation: How patches are changed, the same for both kinds.
         foreground_probability: See `patches`.
         seed: Seed of orders, crops and augmentation.
-        share: Whose batches to make. All together, replicas have the patches of one
-            replica's batches, in the same order among each kind.
+        share: Whose batches to make.
 
     Returns:
         Dataset of `(images, labels, labeled)`, one batch per step and replica.
@@ -251,10 +257,17 @@ def training_batches(
     if len(streams) == 1:
         batches = streams[0]
     else:
+        groups = math.gcd(labeled_per_step, unlabeled_per_step) // share.total
         batches = tf.data.Dataset.zip(tuple(streams)).map(
-            lambda *parts: tuple(tf.concat(pair, 0) for pair in zip(*parts, strict=True))
+            lambda *parts: tuple(_take_turns(pair, groups) for pair in zip(*parts, strict=True))
         )
     return batches.prefetch(2)
+
+
+def _take_turns(kinds: Sequence[tf.Tensor], groups: int) -> tf.Tensor:
+    """Some of the first rows, some of the second, then the next of the first and so on."""
+    split = [tf.reshape(rows, (groups, -1, *rows.shape[1:])) for rows in kinds]
+    return tf.reshape(tf.concat(split, 1), (-1, *kinds[0].shape[1:]))
 
 
 def batch_cases(
@@ -266,7 +279,7 @@ def batch_cases(
     unlabeled_per_step: int,
     seed: int,
 ) -> list[str]:
-    """Names of the cases whose patches `training_batches` puts into one batch.
+    """Names of the cases whose patches `training_batches` puts into one batch, by kind.
 
     Args:
         labelled: As for `training_batches`, like all that follow.

@@ -61,8 +61,14 @@ class Normalized:
 
 
 def dequantize(voxels: np.ndarray, scale: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Float32 values of int16 `voxels` (..., channels), such as a patch of a volume."""
-    return voxels.astype(np.float32) * scale + offset
+    """Float32 values of int16 `voxels` (..., z, channels), such as a patch of a volume."""
+    values = voxels.astype(np.float32)
+    # Along z with the channels: rows of a few channels alone take five times as long.
+    *others, depth, channels = voxels.shape
+    rows = values.reshape(*others, depth * channels)
+    rows *= np.tile(scale, depth)
+    rows += np.tile(offset, depth)
+    return values
 
 
 def background_value(channel: np.ndarray) -> float | None:

@@ -117,13 +117,15 @@ def sliding_window_logits(
         tuple(slice(first, first + length) for first, length in zip(place, window, strict=True))
         for place in itertools.product(*starts)
     ]
-    background = np.asarray(background, padded.dtype)
+    shown = np.zeros(padded.shape[:-1], bool)
+    for channel, value in enumerate(np.asarray(background, padded.dtype)):
+        shown |= padded[..., channel] != value
     groups, empty = [], []  # the boxes of a group share one prediction
     for box in boxes:
-        if (padded[box] == background).all():
-            empty.append(box)
-        else:
+        if shown[box].any():
             groups.append([box])
+        else:
+            empty.append(box)
     if empty:
         groups.append(empty)
     for first in range(0, len(groups), batch_size):
@@ -131,10 +133,11 @@ def sliding_window_logits(
         logits = np.asarray(predict(np.stack([padded[box] for box, *_ in batch])), np.float32)
         if logit_sum is None:
             logit_sum = np.zeros((*padded.shape[:-1], logits.shape[-1]), np.float32)
+            weighted = np.empty(logits.shape[1:], np.float32)  # new memory each time is slow
         for group, patch in zip(batch, logits, strict=True):
-            patch = patch * weights
+            np.multiply(patch, weights, out=weighted)
             for box in group:
-                logit_sum[box] += patch
+                logit_sum[box] += weighted
                 weight_sum[box] += weights
     assert logit_sum is not None  # every axis has at least one window
     logit_sum /= weight_sum

@@ -154,7 +154,9 @@ class Upsample(keras.layers.Layer):
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """Maps `(batch, x, y, z, channels)` to `factors` times its spatial size."""
         static = list(x.shape)
-        for axis, factor in enumerate(self.factors, start=1):
+        # Along z first, while there is little: these products are small and many. That along
+        # x is one for each volume.
+        for axis, factor in reversed(list(enumerate(self.factors, start=1))):
             if factor == 1:
                 continue
             shape = tf.shape(x)

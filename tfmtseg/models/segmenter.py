@@ -304,9 +304,7 @@ class Segmenter(compat.Model):
             first: Number, in the global batch, of the first volume that is drawn for.
         """
         pair = tf.stack([self.seed, purpose])
-        for number in (self._updates_made(), 0):  # the second: numbers as they always were
-            pair = tf.random.experimental.stateless_fold_in(pair, number)
-        return Seed(pair, first)
+        return Seed(tf.random.experimental.stateless_fold_in(pair, self._updates_made()), first)
 
     def _forward(
         self, data: Any, training: bool
