@@ -25,7 +25,7 @@ help:
 	@echo "make test         run the tests with the newest TensorFlow"
 	@echo "make test-addons  the same with TensorFlow 2.15 and TensorFlow Addons"
 	@echo "make lint         check style and types"
-	@echo "make bench        measure speed and memory beside MONAI (12 minutes, nothing else running)"
+	@echo "make bench        measure speed and memory beside MONAI (15 minutes, nothing else running)"
 	@echo "make sanitize     fuzz the native ops under address and undefined-behaviour sanitizers"
 	@echo "make torture      try to break every promise of docs/reliability.md and write it (an hour)"
 

@@ -49,8 +49,10 @@ def main(_: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, arguments in (
             ("training_step", [monai]),
+            ("convolutions", [monai]),
             ("sliding_window", [monai]),
             ("input_pipeline", []),
+            ("process_settings", []),
         ):
             output = Path(folder) / f"{name}.md"
             command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]

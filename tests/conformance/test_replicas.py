@@ -143,20 +143,19 @@ def test_only_negatives_of_the_replicas_batch_depend_on_the_replicas(mirrored, n
 
 
 def test_bfloat16(mirrored, request):
-    """Losses and scores; the gradients of one device are not reproducible here, see below.
-
-    TensorFlow 2.21's 3D convolution on CPU now and then gives wrong bfloat16 gradients of
-    kernels, on one device too.
-    """
+    """Losses, scores and the gradient as a whole."""
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     request.addfinalizer(lambda: keras.mixed_precision.set_global_policy("float32"))
     strategies = tf.distribute.get_strategy(), mirrored
     one, two = (Trainee(strategy, method="cpcseg") for strategy in strategies)
     data = volumes([1, 1, 1, 1])
-    expected = one.step([data], False)[1]
-    _, shown = two.step([[part[rows] for part in data] for rows in ([0, 1], [2, 3])], False)
+    expected, losses = one.step([data], True)
+    gradient, shown = two.step([[part[rows] for part in data] for rows in ([0, 1], [2, 3])], True)
     # Codes are rounded to 8 bits before their float32 similarities.
-    assert shown == pytest.approx(expected, rel=1e-2)
+    assert shown == pytest.approx(losses, rel=1e-2)
+    gradient, expected = (np.concatenate([g.ravel() for g in x]) for x in (gradient, expected))
+    # Kernels' gradients are sums of products of 8 bits each; measured: 0.7 and 1.4 %.
+    assert np.linalg.norm(gradient - expected) < 0.05 * np.linalg.norm(expected)
 
 
 def test_float16_in_fit(mirrored, request):
