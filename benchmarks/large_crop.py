@@ -3,7 +3,7 @@
     python benchmarks/large_crop.py --remat
 
 Width 32, a labelled and an unlabelled patch of 144 x 144 x 128 voxels of 4 modalities,
-contrastive cubes of 32: without `--remat` it needs more than 24 GB.
+contrastive cubes of 32.
 """
 
 from __future__ import annotations

@@ -37,8 +37,7 @@ def main(_: list[str]) -> None:
     for shape in _SHAPES.value:
         command = [script, f"--shapes={shape}", "--precisions=float32", "--worker=tfmtseg"]
         workers = {
-            name: Worker(command, environment=environment)
-            for name, environment in SETTINGS.items()
+            name: Worker(command, environment=environment) for name, environment in SETTINGS.items()
         }
         results[shape] = measure(workers, _ROUNDS.value, warm_up=2)
     lines = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -107,7 +108,6 @@ def sliding_window_logits(
     padded, inside = _pad_to_window(volume, window, background)
     weights = gaussian_window(window)[..., None]
     weight_sum = np.zeros((*padded.shape[:-1], 1), np.float32)
-    logit_sum: np.ndarray | None = None
 
     starts = [
         window_starts(size, length, overlap)
@@ -128,18 +128,28 @@ def sliding_window_logits(
             empty.append(box)
     if empty:
         groups.append(empty)
-    for first in range(0, len(groups), batch_size):
-        batch = groups[first : first + batch_size]
-        logits = np.asarray(predict(np.stack([padded[box] for box, *_ in batch])), np.float32)
-        if logit_sum is None:
-            logit_sum = np.zeros((*padded.shape[:-1], logits.shape[-1]), np.float32)
-            weighted = np.empty(logits.shape[1:], np.float32)  # new memory each time is slow
+
+    def add(batch: Sequence[Sequence[tuple[slice, ...]]], logits: np.ndarray) -> None:
         for group, patch in zip(batch, logits, strict=True):
             np.multiply(patch, weights, out=weighted)
             for box in group:
                 logit_sum[box] += weighted
                 weight_sum[box] += weights
-    assert logit_sum is not None  # every axis has at least one window
+
+    # Windows are added up while the network sees the next ones.
+    with ThreadPoolExecutor(1) as pool:
+        added: Future[None] | None = None
+        for first in range(0, len(groups), batch_size):
+            batch = groups[first : first + batch_size]
+            logits = np.asarray(predict(np.stack([padded[box] for box, *_ in batch])), np.float32)
+            if added is None:
+                logit_sum = np.zeros((*padded.shape[:-1], logits.shape[-1]), np.float32)
+                weighted = np.empty(logits.shape[1:], np.float32)  # new memory takes time
+            else:
+                added.result()
+            added = pool.submit(add, batch, logits)
+        assert added is not None  # every axis has at least one window
+        added.result()
     logit_sum /= weight_sum
     return logit_sum[inside]
 
