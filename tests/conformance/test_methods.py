@@ -16,16 +16,23 @@ CROP = (8, 8, 16)
 NESTED = Regions.parse("brats_124")
 EXCLUSIVE = Regions.exclusive(["a", "b", "c"])
 
-# Branches that learn nothing from a volume without a label.
-NEED_LABELS = (None, "boundary")
+# Every method, and the contrast between classes, which learns by other rules.
+CASES = {
+    **{name: {"method": name} for name in METHODS},
+    "sscpcseg classes": {"method": "sscpcseg", "contrastive_form": "classes"},
+    "bcpcpcseg classes": {"method": "bcpcpcseg", "contrastive_form": "classes"},
+}
+
+# Branches, by prefix, that learn nothing where no volume has a label.
+NEED_LABELS = (None, "boundary", "class")
 # Branches whose features the head sees, in inference too.
 FEED_THE_HEAD = ("boundary",)
 
 
-def make(method: str, regions: Regions = NESTED, width: int = 8) -> Segmenter:
+def make(case: str, regions: Regions = NESTED, width: int = 8) -> Segmenter:
     keras.utils.set_random_seed(3)
     model = Segmenter(
-        regions=regions, method=method, width=width, cube_size=8, predictor_blocks=1, seed=4
+        regions=regions, width=width, cube_size=8, predictor_blocks=1, seed=4, **CASES[case]
     )
     model.build((None, *CROP, 2))
     return model
@@ -46,9 +53,9 @@ def batch(labeled: list[int], regions: Regions = NESTED) -> tuple[tf.Tensor, tf.
     )
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=CASES)
 def compiled(request) -> tuple[Segmenter, list[np.ndarray]]:
-    """A model for each method, and its weights at the start."""
+    """A model for each case, and its weights at the start."""
     model = make(request.param)
     model.compile(optimizer=keras.optimizers.SGD(0.1))
     model.optimizer.build(model.trainable_variables)
@@ -91,7 +98,7 @@ def test_an_update_moves_what_it_should(model, labeled):
     expected = set(before)
     if not any(labeled):
         assert logs["seg_loss"] == 0
-        learns = METHODS[model.method].branch not in NEED_LABELS
+        learns = getattr(model.branch, "prefix", None) not in NEED_LABELS
         expected = {"encoder", "branch"} if learns else set()
         assert (logs["loss"] > 0) == learns
     assert moved(before, parts(model)) == expected
@@ -147,16 +154,18 @@ def test_keras_file_survives(model, tmp_path):
     np.testing.assert_array_equal(again(images), model(images))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_gradients_reach_every_trainable_weight(method):
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_reach_every_trainable_weight(case):
     # At width 8, a group of the first level's GroupNorm is one channel, and the bias of
     # the convolution before it has no effect; at 16 there is no such exception.
-    model = make(method, width=16)
+    model = make(case, width=16)
     with tf.GradientTape(persistent=True) as tape:
         loss, shown, _ = model._forward(batch([1, 0]), training=True)
     checks = [(loss, model.trainable_variables)]
     if model.branch is not None:  # its task alone trains it and the whole encoder
         own = [*model.encoder.trainable_variables, *model.branch.trainable_variables]
+        if model.branch.decodes:
+            own += model.decoder.trainable_variables
         checks.append((shown[f"{model.branch.prefix}_loss"], own))
     for value, variables in checks:
         gradients = tape.gradient(value, variables)
@@ -166,11 +175,11 @@ def test_gradients_reach_every_trainable_weight(method):
             assert size > 1e-6 * max(sizes), getattr(variable, "path", variable.name)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_fit(method):
+@pytest.mark.parametrize("case", CASES)
+def test_fit(case):
     # Building a graph takes most of the time: `evaluate` and `predict` are left to the
     # tests of Segmenter.
-    model = make(method, EXCLUSIVE)
+    model = make(case, EXCLUSIVE)
     model.compile(optimizer=keras.optimizers.Adam(1e-3))
     dataset = tf.data.Dataset.from_tensor_slices(batch([1, 0] * 2, EXCLUSIVE))
     data = dataset.batch(2, drop_remainder=True)
@@ -189,9 +198,9 @@ def mixed_precision():
     keras.mixed_precision.set_global_policy("float32")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_mixed_precision(method, mixed_precision):
-    model = make(method)
+@pytest.mark.parametrize("case", CASES)
+def test_mixed_precision(case, mixed_precision):
+    model = make(case)
     _, shown, _ = model._forward(batch([1, 0]), training=True)
     for name, value in shown.items():
         assert value.dtype == tf.float32, name

@@ -11,7 +11,7 @@ from tfmtseg.compat import keras
 from tfmtseg.models.methods import METHODS
 
 CROP = (16, 16, 16)
-FORMS = ("paper", "dense", "dense_across")
+FORMS = ("paper", "dense", "dense_across", "classes")
 UPDATES = 5  # made before: the teacher labels, and follows by less than the whole
 
 # Labelled volumes and which of them each replica has. Unequal numbers of either kind
@@ -111,11 +111,16 @@ def test_one_and_two_replicas(pair, training):
     compare(pair, *UNEVEN, training)
 
 
-@pytest.fixture(scope="module")
-def everything(mirrored) -> tuple[Trainee, Trainee]:
-    """A method with a contrast, a teacher and mixed volumes."""
+@pytest.fixture(scope="module", params=["repaired", "classes"])
+def everything(request, mirrored) -> tuple[Trainee, Trainee]:
+    """A method with a contrast, a teacher and mixed volumes, in which the contrast may look."""
     strategies = tf.distribute.get_strategy(), mirrored
-    return tuple(Trainee(strategy, method="bcpcpcseg") for strategy in strategies)
+    arguments = {"method": "bcpcpcseg", "contrastive_form": request.param}
+    return tuple(Trainee(strategy, **arguments) for strategy in strategies)
+
+
+def test_mixed_volumes(everything):
+    compare(everything, *UNEVEN)
 
 
 @pytest.mark.parametrize("case", ODD)
@@ -140,6 +145,18 @@ def test_only_negatives_of_the_replicas_batch_depend_on_the_replicas(mirrored, n
     # The replicas' losses are those of their volumes alone.
     alone = [pair[0].step([[part[rows] for part in data]], False)[1]["cpc_loss"] for rows in shares]
     assert two["cpc_loss"] == pytest.approx(np.mean(alone), rel=1e-5)
+
+
+def test_classes_of_the_replicas_batch_have_their_positives_there(mirrored):
+    strategies = tf.distribute.get_strategy(), mirrored
+    arguments = {"method": "cpcseg", "contrastive_form": "classes", "negatives": "batch"}
+    pair = tuple(Trainee(s, **arguments) for s in strategies)
+    data, shares = volumes([1, 1, 1, 1]), ([0, 1], [2, 3])
+    one = pair[0].step([data], False)[1]
+    two = pair[1].step([[part[rows] for part in data] for rows in shares], False)[1]
+    # 32 voxels of each of 3 classes in a volume.
+    assert one["class_chance"] == pytest.approx(np.log(4 * 96 - 1))
+    assert two["class_chance"] == pytest.approx(np.log(2 * 96 - 1))
 
 
 def test_bfloat16(mirrored, request):

@@ -40,7 +40,7 @@ def batch(labels: np.ndarray, weights: list[float], features: tf.Tensor) -> Batc
     return Batch(
         images=nothing, others=nothing, labels=tf.constant(labels, tf.int32),
         weights=tf.constant(weights, tf.float32), levels={}, features=features,
-        encode=lambda x: {}, decode=lambda x: x,
+        segmented=(), encode=lambda x: {}, decode=lambda x: x,
         seed=Seed.fixed(), training=True, share=tf.ones(()),
     )  # fmt: skip
 

@@ -135,7 +135,7 @@ def learn(branch: VAEBranch, images: np.ndarray, code: tf.Tensor, seed: Seed) ->
     nothing = tf.zeros(())
     batch = Batch(
         images=tf.constant(images, tf.float32), others=nothing, labels=nothing, weights=nothing,
-        levels={LEVELS[-1]: code}, features=None, encode=lambda x: {},
+        levels={LEVELS[-1]: code}, features=None, segmented=(), encode=lambda x: {},
         decode=lambda x: x, seed=seed, training=True, share=tf.ones(()),
     )  # fmt: skip
     return branch.learn(batch)

@@ -459,6 +459,9 @@ def test_bad_calls(function, queries, keys, options, message):
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         info_nce(ONES, ONES, **options)
+    if "query_labels" in options:
+        with pytest.raises(ValueError, match=message):
+            retrieval_accuracy(ONES, ONES, **options)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int32])
@@ -511,6 +514,20 @@ def test_retrieval_accuracy_by_counting(ids, normalize):
         ]
         expected.append(float(all(similar[i, positive] > other for other in others)))
     result = retrieval_accuracy(queries, keys, normalize=normalize, **options)
+    np.testing.assert_array_equal(result, expected)
+    assert 0 < np.mean(expected) < 1
+
+
+def test_retrieval_accuracy_by_labels():
+    queries, keys, _ = arrays(60, 9, 3)
+    options = comparisons("labels", 60, 9, None)
+    lengths = np.linalg.norm(keys, axis=1)
+    expected = []
+    for i, similar in enumerate(queries @ keys.T / lengths):
+        here = options["key_mask"] & (options["query_ids"][i] != options["key_ids"])
+        nearest = np.argmax(np.where(here, similar, -np.inf))
+        expected.append(float(options["key_labels"][nearest] == options["query_labels"][i]))
+    result = retrieval_accuracy(queries, keys, **options)
     np.testing.assert_array_equal(result, expected)
     assert 0 < np.mean(expected) < 1
 

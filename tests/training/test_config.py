@@ -91,11 +91,18 @@ def test_pretraining_needs_a_branch_and_unlabelled_patches(field, value):
         dataclasses.replace(config, **{field: value}).check()
 
 
-def test_positives_across_cases_need_other_cases():
-    config = dataclasses.replace(GOOD, contrastive_form="dense_across")
+@pytest.mark.parametrize("form", ["dense_across", "classes"])
+def test_positives_across_cases_need_other_cases(form):
+    config = dataclasses.replace(GOOD, contrastive_form=form)
     config.check()
-    with pytest.raises(InputError, match=r"^--negatives: .* batch or global with"):
+    with pytest.raises(InputError, match=rf"^--negatives: .* batch or global with .*={form}"):
         dataclasses.replace(config, negatives="case").check()
+
+
+def test_classes_cannot_pretrain():
+    config = dataclasses.replace(GOOD, contrastive_form="classes", mode="pretrain")
+    with pytest.raises(InputError, match=r"^--contrastive_form: .* dense_across with --mode=pret"):
+        config.check()
 
 
 def test_the_fix_for_train_steps_is_right():

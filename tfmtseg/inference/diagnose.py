@@ -50,8 +50,8 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
 
     Returns:
         What is written: `contrast` with `loss`, `accuracy`, `chance` (nats) and
-        `accuracy_by_place`, for runs with a contrastive branch; `probe` with the mean
-        Dice score of each level.
+        `accuracy_by_place`, for runs with a contrastive branch that needs no label; `probe`
+        with the mean Dice score of each level.
 
     Raises:
         InputError: If the folder holds no finished run, or the split is empty.
@@ -99,9 +99,9 @@ def _patches(run: Run, records: Sequence[Record], per_batch: int, what: str) -> 
 def _contrast(
     run: Run, training: Sequence[Record], held_out: Sequence[Record]
 ) -> dict[str, float] | None:
-    """Loss and accuracies of the contrastive branch; None without one."""
+    """Loss and accuracies of the contrastive branch; None without one that finds places."""
     branch = run.model.branch
-    if branch is None or "accuracy" not in branch.shown:
+    if branch is None or branch.learns_from == "labels" or "accuracy" not in branch.shown:
         return None
     per_batch = run.config.unlabeled_per_step
     sums: list[np.ndarray] = [
@@ -128,6 +128,7 @@ def _batch(model: Segmenter, images: tf.Tensor) -> Batch:
         weights=none,
         levels={},
         features=None,
+        segmented=(),
         encode=lambda images, *_: model.encoder(images),
         decode=model.decoder,
         seed=Seed.fixed(),

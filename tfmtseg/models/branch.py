@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
 
 from tfmtseg.compat import keras
 from tfmtseg.ops.seed import Seed
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """Volumes that were segmented in this step, and what their labels should be.
+
+    Args:
+        features: The decoder's, `(n, x, y, z, channels)`.
+        labels: Label maps, true or of a teacher, `int32`, `(n, x, y, z)`.
+        weights: `(n,)`; 0 where a volume counts nowhere, else 1.
+        first: `int32`, `()`: number of the first one among those of the global batch.
+    """
+
+    features: tf.Tensor
+    labels: tf.Tensor
+    weights: tf.Tensor
+    first: tf.Tensor
 
 
 @dataclass(frozen=True)
@@ -24,6 +41,8 @@ class Batch:
         levels: The encoder's features of `images`, where the branch `encodes_all`;
             else of the volumes that are segmented.
         features: What the branch's own `features` gave for the latter, or None.
+        segmented: The volumes with a label, and the mixed ones where there is a teacher;
+            empty in pretraining.
         encode: The encoder, with dropout as the training asks for. Takes further images,
             how many there are for each volume if not one, and how many come before them.
         decode: The decoder: maps the encoder's levels to features of every voxel.
@@ -40,6 +59,7 @@ class Batch:
     weights: tf.Tensor
     levels: Mapping[str, tf.Tensor]
     features: tf.Tensor | None
+    segmented: Sequence[Segmented]
     encode: Callable[..., Mapping[str, tf.Tensor]]
     decode: Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
     seed: Seed
@@ -50,12 +70,12 @@ class Batch:
 class Branch(keras.layers.Layer):
     """A second task of the encoder, beside segmentation.
 
-    A new one says what it shows and defines `learn`; where it helps the segmentation
-    itself, `features` too.
+    A new one says what it shows and defines `learn` or `parts`; where it helps the
+    segmentation itself, `features` too.
 
     Attributes:
         prefix: Begins the names of all that is shown, such as `cpc` in `cpc_loss`.
-        shown: What `learn` returns: `loss`, to be minimised, and what explains it.
+        shown: What it returns: `loss`, to be minimised, and what explains it.
         learns_from: Which volumes: all `"images"`, the `"others"`, or those with
             `"labels"`, see `Batch`.
         encodes_all: Whether it needs the levels of every volume, labelled or not.
@@ -100,3 +120,12 @@ class Branch(keras.layers.Layer):
         The mean over the global batch is that of all replicas, each weighted by its share.
         """
         raise NotImplementedError
+
+    def parts(self, batch: Batch) -> dict[str, tf.Tensor]:
+        """This replica's part of each mean over the global batch, in which volumes count alike.
+
+        A branch that counts something else defines this in place of `learn`.
+        """
+        return {
+            name: batch.share * tf.reduce_mean(value) for name, value in self.learn(batch).items()
+        }

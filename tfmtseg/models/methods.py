@@ -37,6 +37,7 @@ METHODS: dict[str, Method] = {
     "bcpcpcseg": Method(branch="contrastive", uses_unlabelled=True, copy_paste=True),
 }
 
-# "dense" and "dense_across" are forms of `DenseContrastiveBranch`, the others of
-# `ContrastiveBranch`.
-CONTRASTIVE_FORMS = ("repaired", "paper", "dense", "dense_across")
+# "dense" and "dense_across" are forms of `DenseContrastiveBranch`, "classes" is
+# `ClassContrastiveBranch`, the others are forms of `ContrastiveBranch`.
+UNLABELLED_FORMS = ("repaired", "paper", "dense", "dense_across")  # need no label to learn
+CONTRASTIVE_FORMS = (*UNLABELLED_FORMS, "classes")

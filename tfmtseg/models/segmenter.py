@@ -15,13 +15,14 @@ from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.metrics.training_dice import DiceScore
 from tfmtseg.models.blocks import Factors, convolution
 from tfmtseg.models.boundary_branch import BoundaryBranch
-from tfmtseg.models.branch import Batch, Branch
+from tfmtseg.models.branch import Batch, Branch, Segmented
+from tfmtseg.models.class_branch import ClassContrastiveBranch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch
 from tfmtseg.models.copy_paste import box_masks, label_map, largest_components, paste
 from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.dense_branch import DenseContrastiveBranch
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
-from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
+from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.models.views import another_view
@@ -40,7 +41,8 @@ class Segmenter(compat.Model):
     0 for unlabelled ones: their labels are ignored, but a branch may learn from them.
     The contrastive branch learns from these alone (in a batch without any, from the
     labelled ones), the variational branch from all volumes, the boundary branch from
-    those with a label. `vaeseg` and `cpcseg` are `ssvaeseg` and `sscpcseg` where the
+    those with a label. The contrast between classes learns from labelled volumes and, with
+    a teacher, from mixed ones. `vaeseg` and `cpcseg` are `ssvaeseg` and `sscpcseg` where the
     dataset yields labelled volumes only.
 
     Under a `tf.distribute` strategy a step is that of the global batch: losses and scores
@@ -58,14 +60,15 @@ class Segmenter(compat.Model):
         cube_size: Edges of the contrastive branch's cubes, one number or three, in voxels.
         contrastive_form: `"repaired"` or `"paper"`, see `ContrastiveBranch`; `"dense"`,
             or `"dense_across"` with positives across aligned cases, see
-            `DenseContrastiveBranch`.
+            `DenseContrastiveBranch`; `"classes"`, see `ClassContrastiveBranch`: only with
+            a teacher (`bcpcpcseg`) do unlabelled volumes teach it anything.
         predictor_blocks: Residual blocks of the contrastive branch's predictor.
         negatives: Which cases a contrast takes negatives from: `"case"`, `"batch"` or
             `"global"`, see `contrast`. The last two differ where there are several
-            replicas. Not for the paper's form.
-        branch_weight: Factor of the branch's loss. Defaults to 0.1 for the repaired
-            and 0.001 for the paper's contrastive form, 0.1 for the variational and 1
-            for the boundary branch.
+            replicas. Not for the paper's form; positives across cases exclude `"case"`.
+        branch_weight: Factor of the branch's loss. Defaults to 0.001 for the paper's
+            contrastive form and 0.1 for all others, 0.1 for the variational and 1 for the
+            boundary branch.
         teacher_momentum: Momentum of the teacher's weights, see `Teacher`.
         teacher_start: Updates before the teacher labels patches, at least one; until
             then, labelled patches are mixed with each other. `tfmtseg-train` takes a
@@ -102,8 +105,8 @@ class Segmenter(compat.Model):
     ```
 
     Raises:
-        ValueError: If the method is unknown, cannot pretrain, or `teacher_start` is
-            below 1.
+        ValueError: If the method or the contrastive form is unknown or cannot pretrain,
+            `negatives` does not suit the form, or `teacher_start` is below 1.
 
     Reference:
         Iwasawa, Hirano and Sugawara, 2020,
@@ -148,6 +151,13 @@ class Segmenter(compat.Model):
                 f"method: value is {method!r}, must be one of {able} for pretraining. "
                 "Fix: change --method."
             )
+        kind = METHODS[method].branch
+        if pretraining and kind == "contrastive" and contrastive_form not in UNLABELLED_FORMS:
+            raise ValueError(
+                f"contrastive_form: value is {contrastive_form!r}, which needs labels, must be "
+                f"one of {', '.join(UNLABELLED_FORMS)} for pretraining. "
+                "Fix: change --contrastive_form."
+            )
         if teacher_start < 1:
             raise ValueError(
                 f"teacher_start: value is {teacher_start}, must be 1 or more. Fix: choose 1."
@@ -160,7 +170,6 @@ class Segmenter(compat.Model):
         self.method = method
         self.seed = seed
         self.branch: Branch | None = None
-        kind = METHODS[method].branch
         with compat.dtype_scope(self.dtype_policy):  # which new layers take over
             self.encoder = Encoder(width, dropout, strides, remat, name="encoder")
             self.decoder = Decoder(width, strides, remat, name="decoder")
@@ -174,6 +183,8 @@ class Segmenter(compat.Model):
                 self.branch = DenseContrastiveBranch(
                     width, strides, across, negatives, name="dense_branch"
                 )
+            elif kind == "contrastive" and contrastive_form == "classes":
+                self.branch = ClassContrastiveBranch(width, regions, negatives, name="class_branch")
             elif kind == "contrastive":
                 self.branch = ContrastiveBranch(
                     width * 8,
@@ -278,15 +289,14 @@ class Segmenter(compat.Model):
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """See the class."""
         levels = self.encoder(images, seed=self._seed(0) if training else None)
-        return self._segment(levels, self._branch_features(levels))
+        features = self._branch_features(levels)
+        return self._logits(self.decoder(levels), features)
 
     def _branch_features(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
         return None if self.branch is None else self.branch.features(levels)
 
-    def _segment(
-        self, levels: Mapping[str, tf.Tensor], branch_features: tf.Tensor | None = None
-    ) -> tf.Tensor:
-        features = self.decoder(levels)
+    def _logits(self, features: tf.Tensor, branch_features: tf.Tensor | None = None) -> tf.Tensor:
+        """The head on the decoder's features, and those of the branch where it has any."""
         if branch_features is not None:
             features = tf.concat([features, branch_features], -1)
         return self.head(features)
@@ -356,24 +366,24 @@ class Segmenter(compat.Model):
         elif not self.pretraining:
             levels = branch_levels = encode(annotated, 0, with_label)
         terms, shown, features = [], {}, None
+        segmented = []
         metrics: dict[str, Any] = dict.fromkeys(("x", "y", "y_pred", "sample_weight"))
         if not self.pretraining:
             features = self._branch_features(levels)
-            logits = self._segment(levels, features)
+            voxels = self.decoder(levels)
+            logits = self._logits(voxels, features)
+            segmented.append(Segmented(voxels, labels, weights, with_label.first))
             values = self.segmentation_loss.call(labels, logits)
             shown["seg_loss"] = with_label.share * _mean(values, weights)
             terms.append(shown["seg_loss"])
             metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
         if self.teacher is not None:
             mixing = seed(3, without), seed(4, without) if training else None
-            shown["mix_loss"] = without.share * self._mix_loss(
-                self.teacher,
-                (annotated, labels, weights),
-                others,
-                without.first,
-                some_unlabeled,
-                mixing,
+            mix_loss, mixed = self._mix_loss(
+                self.teacher, (annotated, labels, weights), others, without, some_unlabeled, mixing
             )
+            segmented.append(mixed)
+            shown["mix_loss"] = without.share * mix_loss
             terms.append(shown["mix_loss"])
         if self.branch is not None:
             kind = kinds[self.branch.learns_from]
@@ -384,6 +394,7 @@ class Segmenter(compat.Model):
                 weights=weights,
                 levels=branch_levels,
                 features=features,
+                segmented=segmented,
                 encode=lambda further, rows=1, first=0: encode(further, 1, kind, rows, first),
                 decode=self.decoder,
                 seed=seed(2, kind),
@@ -391,8 +402,8 @@ class Segmenter(compat.Model):
                 share=kind.share,
             )
             prefix = self.branch.prefix
-            for name, value in self.branch.learn(batch).items():
-                shown[f"{prefix}_{name}"] = kind.share * tf.reduce_mean(value)
+            for name, value in self.branch.parts(batch).items():
+                shown[f"{prefix}_{name}"] = value
             terms.append(self.branch_weight * shown[f"{prefix}_loss"])
         # Not by +, whose order TensorFlow chooses anew in each process.
         loss = shown["loss"] = tf.add_n(terms)
@@ -403,10 +414,10 @@ class Segmenter(compat.Model):
         teacher: Teacher,
         labelled: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
         others: tf.Tensor,
-        first_other: tf.Tensor,
+        kind: _Kind,
         taught: tf.Tensor,
         seeds: tuple[Seed, Seed | None],
-    ) -> tf.Tensor:
+    ) -> tuple[tf.Tensor, Segmented]:
         """Segmentation loss of labelled volumes mixed with others.
 
         Args:
@@ -414,11 +425,14 @@ class Segmenter(compat.Model):
             labelled: Images with a label, their label maps, and weights: 1, or 0 for all,
                 then the loss is 0. Those of all replicas take turns as the first partner.
             others: Images without a label, each the second partner once.
-            first_other: Their first one's number in the global batch.
+            kind: What `others` are in the global batch.
             taught: Whether the teacher may label `others`. Until `teacher_start` and
                 where there is nothing to label, the next labelled volume comes instead,
                 with its own label.
             seeds: For the masks; for intensities and dropout, None outside training.
+
+        Returns:
+            The loss, and the mixed volumes.
 
         Reference:
             [Bai et al., 2023](https://arxiv.org/abs/2305.00673); the change of intensities
@@ -438,7 +452,7 @@ class Segmenter(compat.Model):
             labels = label_map(teacher(others), self.regions)
             return largest_components(labels, self.regions) if self.largest_component else labels
 
-        first = (first_other + tf.range(tf.shape(others)[0])) % available
+        first = (kind.first + tf.range(tf.shape(others)[0])) % available
         second = (first + 1) % available
         partners = tf.cond(
             taught,
@@ -453,12 +467,15 @@ class Segmenter(compat.Model):
             # Other intensities than the teacher saw: there is more to learn than to repeat it.
             view_seed, dropout_seed = seeds[1].split(2)
             images = another_view(images, view_seed)
-        logits = self._segment(self.encoder(images, seed=dropout_seed))
+        features = self.decoder(self.encoder(images, seed=dropout_seed))
+        logits = self._logits(features)
         real = tf.cast(masks, tf.float32)
         values = self.segmentation_loss.call(labels, logits, real)
         pseudo_values = self.segmentation_loss.call(labels, logits, 1.0 - real)
         values += tf.where(taught, self.pseudo_label_weight, 1.0) * pseudo_values
-        return _mean(values, tf.gather(weights, first))
+        weights = tf.gather(weights, first)
+        counted = weights * tf.cast(kind.share > 0, tf.float32)
+        return _mean(values, weights), Segmented(features, labels, counted, kind.first)
 
     def _update_metrics(
         self, shown: Mapping[str, tf.Tensor], metrics: Mapping[str, Any]

@@ -81,18 +81,8 @@ def info_nce(
         )
     backend = native if library.choose(implementation) == "native" else reference
     queries, keys = _rows(queries, keys, normalize)
-    if (query_labels is None) != (key_labels is None):
-        raise ValueError("query_labels, key_labels: one is None, must be both or neither")
-    if query_labels is not None and positives is not None:
-        raise ValueError("positives: given beside query_labels, must be one of them")
     candidates = _candidates(
-        queries,
-        keys,
-        positives if query_labels is None else query_labels,
-        key_labels,
-        query_ids,
-        key_ids,
-        key_mask,
+        queries, keys, positives, query_labels, key_labels, query_ids, key_ids, key_mask
     )
     temperature = _positive(temperature)
     weights = None
@@ -174,27 +164,35 @@ def retrieval_accuracy(
     keys: tf.Tensor,
     *,
     positives: tf.Tensor | None = None,
+    query_labels: tf.Tensor | None = None,
+    key_labels: tf.Tensor | None = None,
     normalize: bool = True,
     query_ids: tf.Tensor | None = None,
     key_ids: tf.Tensor | None = None,
     key_mask: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """Whether each query is more similar to its positive than to every negative.
+    """Whether each query is more similar to a positive than to every negative.
+
+    With labels, this is whether the most similar key is of the query's label.
 
     Args:
         queries: As for `info_nce`, like all other arguments.
         keys: See `queries`.
         positives: See `queries`.
+        query_labels: See `queries`.
+        key_labels: See `queries`.
         normalize: See `queries`.
         query_ids: See `queries`.
         key_ids: See `queries`.
         key_mask: See `queries`.
 
     Returns:
-        Float32, `(N,)`: 1 or 0. Has no gradient.
+        Float32, `(N,)`: 1 or 0; 0 without a positive. Has no gradient.
     """
     queries, keys = _rows(tf.stop_gradient(queries), tf.stop_gradient(keys), normalize)
-    candidates = _candidates(queries, keys, positives, None, query_ids, key_ids, key_mask)
+    candidates = _candidates(
+        queries, keys, positives, query_labels, key_labels, query_ids, key_ids, key_mask
+    )
     return reference.accuracies(queries, keys, candidates)
 
 
@@ -300,23 +298,29 @@ def _candidates(
     queries: tf.Tensor,
     keys: tf.Tensor,
     positives: tf.Tensor | None,
+    query_labels: tf.Tensor | None,
     key_labels: tf.Tensor | None,
     query_ids: tf.Tensor | None,
     key_ids: tf.Tensor | None,
     key_mask: tf.Tensor | None,
 ) -> Candidates:
+    if (query_labels is None) != (key_labels is None):
+        raise ValueError("query_labels, key_labels: one is None, must be both or neither")
+    if query_labels is not None and positives is not None:
+        raise ValueError("positives: given beside query_labels, must be one of them")
     if (query_ids is None) != (key_ids is None):
         raise ValueError("query_ids, key_ids: one is None, must be both or neither")
 
     def vector(name: str, values: Any, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor | None:
         return None if values is None else _vector(name, values, rows, dtype)
 
-    if positives is None:
-        positives = tf.range(tf.shape(queries)[0])
-    name = "positives" if key_labels is None else "query_labels"
-    positives = _vector(name, positives, queries, tf.int32)
-    if key_labels is None:
-        rule = f"{name} must be less than the number of keys"
+    if query_labels is not None:
+        positives = _vector("query_labels", query_labels, queries, tf.int32)
+    else:
+        if positives is None:
+            positives = tf.range(tf.shape(queries)[0])
+        positives = _vector("positives", positives, queries, tf.int32)
+        rule = "positives must be less than the number of keys"
         inside = tf.debugging.assert_less(positives, tf.shape(keys)[0], rule)
         with tf.control_dependencies([] if inside is None else [inside]):
             positives = tf.identity(positives)

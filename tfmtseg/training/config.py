@@ -17,7 +17,7 @@ from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.contrast import NEGATIVES
 from tfmtseg.models.contrastive_branch import grid_shape
-from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
+from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
 from tfmtseg.training.precision import PRECISIONS
 from tfmtseg.training.sizes import Strides, total_strides
 
@@ -83,7 +83,9 @@ class TrainConfig:
     )
     dropout: float = _setting(0.2, "Fraction of values dropped after the first convolution.")
     contrastive_form: str = _setting(
-        "repaired", "repaired; paper: the published form; dense or dense_across: between voxels."
+        "repaired",
+        "repaired; paper: the published form; dense or dense_across: between voxels; classes: "
+        "between voxels by their labels, and a teacher's with bcpcpcseg.",
     )
     cube_size: Factors = _setting(
         UNKNOWN, "Edges of the contrastive cubes in voxels, one or three; 0 chooses one."
@@ -249,8 +251,15 @@ class TrainConfig:
             ),
             (
                 "negatives",
-                self.negatives != "case" or self.contrastive_form != "dense_across",
-                "batch or global with --contrastive_form=dense_across",
+                self.negatives != "case"
+                or self.contrastive_form not in ("dense_across", "classes"),
+                f"batch or global with --contrastive_form={self.contrastive_form}",
+                "choose one",
+            ),
+            (
+                "contrastive_form",
+                not pretrain or self.contrastive_form in UNLABELLED_FORMS,
+                f"one of {', '.join(UNLABELLED_FORMS)} with --mode=pretrain",
                 "choose one",
             ),
             (

@@ -33,7 +33,7 @@ def training_memory_gb(config: TrainConfig, parameters: int) -> float:
     if METHODS[config.method].branch == "contrastive":
         if config.contrastive_form.startswith("dense"):
             arrays *= 2  # two views, each smaller than its patch
-        else:
+        elif config.contrastive_form != "classes":  # which looks at what is there
             cubes = math.prod(grid_shape(config.crop, config.cube_size))
             contrasted = unlabelled or config.labeled_per_step
             arrays += LIVE_CUBE_FEATURES * contrasted * cubes * math.prod(config.cube_size)
