@@ -10,9 +10,9 @@ PRECISIONS = ("auto", "float32", "mixed_bfloat16", "mixed_float16")
 def choose_precision(asked: str) -> str:
     """The dtype policy of `asked`, one of `PRECISIONS`.
 
-    `"auto"` is float32 on CPUs, which is more exact and not slower there (see
-    docs/results/performance.md); on GPUs mixed_bfloat16 from compute capability 8
-    on, before which they have only float16.
+    `"auto"` is float32 on CPUs, so that a result does not depend on the processor
+    (bfloat16 is faster on those that have it, docs/results/performance.md); on GPUs
+    mixed_bfloat16 from compute capability 8 on, before which they have only float16.
     """
     if asked != "auto":
         return asked
