@@ -2,7 +2,7 @@
 
     python benchmarks/process_settings.py
 
-Beside the first, none helped: the tools leave both as they are.
+None of them helped (docs/results/performance.md): the tools leave both to TensorFlow.
 """
 
 from __future__ import annotations
