@@ -17,6 +17,7 @@ import tensorflow as tf
 from tfmtseg import compat
 from tfmtseg.errors import NativeOpsError
 from tfmtseg.ops import build, library
+from tfmtseg.processor import processor_features
 from tfmtseg.version import __version__
 
 GIB = 2**30
@@ -151,14 +152,10 @@ def _instruction_set(machine: str) -> str:
     """The highest of those the ops are compiled for that this processor has."""
     if not build.is_x86(machine):
         return "generic"
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        flags = next((line for line in file if line.startswith("flags")), "").split()
-    # Linux writes avx512_bf16 for what compilers call avx512bf16.
-    names = {flag.replace("_", "") for flag in flags}
     return [
         name
         for name, options in build.ISA_FLAGS.items()
-        if {option.removeprefix("-m") for option in options} <= names
+        if {option.removeprefix("-m") for option in options} <= processor_features()
     ][-1]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from tfmtseg.experiment.plan import SHAPE_PRIOR, Run, by_count, count_text, pars
 from tfmtseg.files import write_text
 from tfmtseg.inference.evaluate import read_metrics
 from tfmtseg.metrics.scores import CaseScores, RegionScores
+from tfmtseg.processor import processor_name
 
 Key = tuple[str, int, int]  # arm, labelled cases (0: all), seed
 
@@ -218,21 +218,11 @@ def collect(
             parameters=sum(result["parameters"].values()),
             side_by_side=side_by_side,
             tensorflow=result["tensorflow"],
-            processor=_processor(),
+            processor=processor_name(),
         ),
         read_metrics(evaluation / "metrics.csv", regions),
         read_metrics(evaluation / "shape_prior.csv", regions),
     )
-
-
-def _processor() -> str:
-    """The processor's name as Linux tells it, else its kind."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import tensorflow as tf
 from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.ops import group_norm_relu
+from tfmtseg.ops.convolution import paired_convolution, pays
 from tfmtseg.ops.interpolation import interpolation_matrix
 
 GROUPS = 8
@@ -28,7 +29,7 @@ def per_axis(strides: Sequence[Sequence[int]]) -> tuple[Factors, ...]:
 
 @compat.register
 class Convolution(keras.layers.Conv3D):
-    """Keras' 3D convolution, without an error of oneDNN in bfloat16.
+    """Keras' 3D convolution, faster to few channels, without an error of oneDNN in bfloat16.
 
     On CPUs, the gradient of a 3x3x3 kernel is wrong, at times infinite, where the
     volume has two voxels along its first axis (TensorFlow 2.15 to 2.21). With a third
@@ -37,10 +38,14 @@ class Convolution(keras.layers.Conv3D):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """As that of Keras."""
-        unsafe = x.dtype == tf.bfloat16 and x.shape[1] == 2 and self.strides[0] == 1
-        if not unsafe or self.kernel_size[0] == 1:
+        if self.kernel_size != (3, 3, 3) or self.strides != (1, 1, 1):
             return super().call(x)
-        return super().call(tf.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))))[:, :2]
+        if x.dtype == tf.bfloat16 and x.shape[1] == 2:
+            return super().call(tf.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))))[:, :2]
+        if pays(x, self.filters):
+            kernel, bias = tf.cast(self.kernel, x.dtype), tf.cast(self.bias, x.dtype)
+            return self.activation(paired_convolution(x, kernel, bias))
+        return super().call(x)
 
 
 def convolution(filters: int, size: int = 3, strides: Factors = (1, 1, 1), **kwargs: Any) -> Any:
