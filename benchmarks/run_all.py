@@ -50,6 +50,7 @@ def main(_: list[str]) -> None:
         for name, arguments in (
             ("training_step", [monai]),
             ("convolutions", [monai]),
+            ("narrow_convolution", []),
             ("sliding_window", [monai]),
             ("input_pipeline", []),
             ("process_settings", []),

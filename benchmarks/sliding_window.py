@@ -59,18 +59,17 @@ def prepare_tfmtseg(folder: Path, precision: str):
     signature = [tf.TensorSpec((None, *window, MODALITIES), tf.float32)]
     network = tf.function(lambda images: model(images, training=False), signature)
     image = volume()
-    network(image[None, : window[0], : window[1], : window[2]])  # builds the graph
 
-    def call() -> None:
-        logits = sliding_window_logits(
+    def call() -> np.ndarray:
+        return sliding_window_logits(
             lambda batch: network(batch).numpy(),
             image,
             window,
             background=(np.inf,) * MODALITIES,
             batch_size=1,
         )
-        np.save(folder / "tfmtseg.npy", logits)
 
+    np.save(folder / "tfmtseg.npy", call())
     return call, {"import_mib": imported}
 
 
