@@ -28,6 +28,7 @@ from tfmtseg.errors import InputError
 from tfmtseg.files import atomic_folder, write_json
 from tfmtseg.inference.in_graph import (
     crop,
+    largest_components,
     normalize,
     pad_around,
     region_probabilities,
@@ -35,7 +36,6 @@ from tfmtseg.inference.in_graph import (
 )
 from tfmtseg.models.copy_paste import label_map
 from tfmtseg.ops import library
-from tfmtseg.regions import Regions
 from tfmtseg.training.checkpoint import whole_or_not
 from tfmtseg.training.run import Run, load_run
 from tfmtseg.training.sizes import total_strides
@@ -119,7 +119,7 @@ def _serve_batch(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Tens
 
     signature = tf.TensorSpec((None, None, None, images.shape[-1]), tf.float32)
     logits = network(tf.map_fn(prepare, images, fn_output_signature=signature))
-    return _answer(crop(logits, (padded_shape - shape) // 2, shape), run.regions)
+    return _answer(crop(logits, (padded_shape - shape) // 2, shape), run)
 
 
 def _serve_volume(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -133,7 +133,7 @@ def _serve_volume(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Ten
         num_outputs=run.regions.num_outputs,
         overlap=run.config.overlap,
     )
-    return _answer(logits, run.regions)
+    return {name: values[0] for name, values in _answer(logits[None], run).items()}
 
 
 def _finite(images: tf.Tensor) -> tf.Tensor:
@@ -141,10 +141,13 @@ def _finite(images: tf.Tensor) -> tf.Tensor:
     return tf.debugging.check_numerics(images, "images: values must be finite;")
 
 
-def _answer(logits: tf.Tensor, regions: Regions) -> dict[str, tf.Tensor]:
+def _answer(logits: tf.Tensor, run: Run) -> dict[str, tf.Tensor]:
+    labels = label_map(logits, run.regions)
+    if run.config.largest_component:
+        labels = tf.map_fn(lambda each: largest_components(each, run.regions), labels)
     return {
-        "probabilities": region_probabilities(logits, regions),
-        "labels": tf.cast(label_map(logits, regions), tf.uint8),
+        "probabilities": region_probabilities(logits, run.regions),
+        "labels": tf.cast(labels, tf.uint8),
     }
 
 

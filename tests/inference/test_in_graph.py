@@ -144,3 +144,31 @@ def test_probabilities_of_nested_regions():
     odds = np.log(np.array([[1, 3, 2, 2, 9, 1]], np.float32))
     probabilities = in_graph.region_probabilities(odds, Regions.parse("brats_msd"))
     np.testing.assert_allclose(probabilities, [[0.75, 0.5, 0.1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 8, 7), (6, 1, 12), (1, 1, 1)])
+@pytest.mark.parametrize("share", [0.2, 0.45, 0.8])
+@pytest.mark.parametrize(
+    "regions",
+    [Regions.exclusive(["a", "b"]), Regions.parse("brats_msd")],
+    ids=["classes", "nested"],
+)
+def test_largest_components(regions, share, shape):
+    """Few voxels make many pieces of equal size, more of them long and winding ones."""
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        labels = random.integers(1, regions.max_label + 1, shape)
+        labels = np.where(random.random(shape) < share, labels, 0).astype(np.int32)
+        found = tf.function(in_graph.largest_components)(tf.constant(labels), regions)
+        np.testing.assert_array_equal(found, regions.largest_components(labels))
+
+
+def test_the_largest_component_of_a_snake():
+    mask = np.zeros((9, 9, 3), np.int32)
+    mask[::2] = 1
+    mask[1::4, -1] = mask[3::4, 0] = 1
+    regions = Regions.exclusive(["a"])
+    for turned in (mask, mask[::-1], mask.T):
+        found = in_graph.largest_components(tf.constant(turned), regions)
+        np.testing.assert_array_equal(found, turned)
+    assert not np.any(in_graph.largest_components(tf.zeros((2, 3, 4), tf.int32), regions))

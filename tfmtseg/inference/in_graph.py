@@ -198,3 +198,52 @@ def region_probabilities(logits: tf.Tensor, regions: Regions) -> tf.Tensor:
     """
     heads = tf.split(logits, regions.head_sizes, -1)
     return tf.concat([tf.nn.softmax(head)[..., 1:] for head in heads], -1)
+
+
+def largest_components(label_map: tf.Tensor, regions: Regions) -> tf.Tensor:
+    """`Regions.largest_components`: what is left when each region keeps its largest piece.
+
+    Args:
+        label_map: `int32`, `(x, y, z)`.
+        regions: What is segmented.
+
+    Returns:
+        The same type and shape.
+    """
+    result = tf.zeros_like(label_map)
+    for values, label in zip(regions.members, regions.own_labels, strict=True):
+        mask = tf.reduce_any([tf.equal(label_map, value) for value in values], axis=0)
+        if regions.nested and label != regions.own_labels[0]:
+            mask &= result > 0
+        result = tf.where(_largest_piece(mask), label, result)
+    return result
+
+
+def _largest_piece(mask: tf.Tensor) -> tf.Tensor:
+    """Of the largest pieces, the one that begins first.
+
+    Every voxel takes the lowest number among its neighbours, and then the number that the
+    voxel of that number has, until a piece has one number: that of its first voxel.
+    """
+    shape, size = tf.shape(mask), tf.size(mask)
+    outside = size + 1  # the voxels' own numbers begin at 1
+
+    def lower(numbers: tf.Tensor, _: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        lowest = numbers
+        for axis in range(3):
+            last = shape[axis] - 1
+            for pads, kept in (([0, 1], tf.range(1, last + 1)), ([1, 0], tf.range(last))):
+                paddings = [[0, 0]] * 3
+                paddings[axis] = pads
+                neighbours = tf.gather(numbers, kept, axis=axis)
+                neighbours = tf.pad(neighbours, paddings, constant_values=outside)
+                lowest = tf.minimum(lowest, neighbours)
+        lowest = tf.where(mask, lowest, outside)
+        flat = tf.concat([[0], tf.reshape(lowest, [-1]), [outside]], 0)
+        lowest = tf.ensure_shape(tf.gather(flat, lowest), mask.shape)
+        return lowest, tf.reduce_any(lowest != numbers)
+
+    own = tf.where(mask, tf.reshape(tf.range(1, size + 1), shape), outside)
+    numbers, _ = tf.while_loop(lambda _, changed: changed, lower, (own, tf.constant(True)))
+    counts = tf.math.bincount(tf.boolean_mask(numbers, mask), minlength=1)
+    return numbers == tf.argmax(counts, output_type=tf.int32)

@@ -94,7 +94,10 @@ def predict_case(run: Run, case: Case, batch_size: int = 1) -> tuple[np.ndarray,
 
 
 def predict_volume(run: Run, volume: Normalized, batch_size: int = 1) -> np.ndarray:
-    """Segments a normalised volume; returns its label map, `uint8` `(x, y, z)`."""
+    """Segments a normalised volume; returns its label map, `uint8` `(x, y, z)`.
+
+    Where the run's regions are one piece each (`largest_component`), others are left out.
+    """
     logits = sliding_window_logits(
         run.predict_logits,
         volume.values(),
@@ -103,7 +106,10 @@ def predict_volume(run: Run, volume: Normalized, batch_size: int = 1) -> np.ndar
         overlap=run.config.overlap,
         batch_size=batch_size,
     )
-    return run.regions.label_map(logits)
+    label_map = run.regions.label_map(logits)
+    if run.config.largest_component:
+        label_map = run.regions.largest_components(label_map)
+    return label_map
 
 
 def windows_per_call(

@@ -104,7 +104,9 @@ class TrainConfig:
     )
     pseudo_label_weight: float = _setting(0.5, "Factor of the loss on the teacher's labels.")
     largest_component: bool = _setting(
-        False, "Whether a region is one piece: of the teacher's labels the largest is kept."
+        False,
+        "Whether a region is one piece: of predictions and of the teacher's labels the largest "
+        "is kept.",
     )
 
     crop: Factors = _setting(UNKNOWN, "Patch size in voxels, such as 96,96,96; 0 chooses one.")
