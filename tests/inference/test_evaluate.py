@@ -75,7 +75,13 @@ def make_run(data, tmp_path, monkeypatch):
         folder = read_data_folder(data)
         return SimpleNamespace(
             directory=Path(model_dir),
-            config=SimpleNamespace(method="encdec", crop=(8, 8, 8), overlap=0.5, width=8),
+            config=SimpleNamespace(
+                method="encdec",
+                crop=(8, 8, 8),
+                overlap=0.5,
+                width=8,
+                largest_component=False,
+            ),
             modalities=folder.modalities,
             folder=folder,
             regions=folder.regions,
@@ -199,7 +205,7 @@ def test_small_volumes_are_padded_with_their_background():
         return np.concatenate([batch, -batch], axis=-1)
 
     run = SimpleNamespace(
-        config=SimpleNamespace(crop=(4, 4, 4), overlap=0.5),
+        config=SimpleNamespace(crop=(4, 4, 4), overlap=0.5, largest_component=False),
         regions=Regions.exclusive(["blob"]),
         predict_logits=remember,
     )

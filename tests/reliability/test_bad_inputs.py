@@ -122,7 +122,7 @@ def predicted(image: Path, folder: Path) -> nib.Nifti1Image:
     """A prediction that calls every voxel above the mean a 1."""
     run = SimpleNamespace(
         modalities=("MRI",),
-        config=SimpleNamespace(crop=(8, 8, 8), overlap=0.5),
+        config=SimpleNamespace(crop=(8, 8, 8), overlap=0.5, largest_component=False),
         regions=Regions.exclusive(["a"]),
         predict_logits=lambda batch: np.concatenate([np.zeros_like(batch), batch], axis=-1),
     )
