@@ -18,7 +18,8 @@ from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.run import Run, load_run, make_model
 
 BASE = TrainConfig(data_dir="none", width=8, predictor_blocks=1, overlap=0.4)
-# The boundary stream takes part in inference, teacher and contrastive branch do not.
+# The boundary stream takes part in inference, teacher and contrastive branch do not. Random
+# weights make regions of many pieces; `exclusive` keeps the largest.
 RUNS = {
     "nested": (
         dataclasses.replace(
@@ -30,7 +31,7 @@ RUNS = {
     "exclusive": (
         dataclasses.replace(
             BASE, method="bcpcpcseg", crop=(16, 16, 16), cube_size=(8, 8, 8),
-            strides=((2, 2, 2),) * 3,
+            strides=((2, 2, 2),) * 3, largest_component=True,
         ),
         Regions.exclusive(["a", "b"]),
         ("CT", "PET"),

@@ -31,9 +31,9 @@ def per_axis(strides: Sequence[Sequence[int]]) -> tuple[Factors, ...]:
 class Convolution(keras.layers.Conv3D):
     """Keras' 3D convolution, faster to few channels, without an error of oneDNN in bfloat16.
 
-    On CPUs, the gradient of a 3x3x3 kernel is wrong, at times infinite, where the
-    volume has two voxels along its first axis (TensorFlow 2.15 to 2.21). With a third
-    layer of zeros, which "same" padding adds anyway, it is right.
+    On CPUs with AVX-512 but not AMX, the gradient of a 3x3x3 kernel is wrong, at times
+    infinite, where the volume has two voxels along its first axis (TensorFlow 2.15 to
+    2.21). With a third layer of zeros, which "same" padding adds anyway, it is right.
     """
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
