@@ -71,7 +71,6 @@ def _label_efficiency() -> int:
     print(describe_plan(experiment, runs, Results.read(experiment.results), _PARALLEL.value))
     if _PLAN.value:
         return 0
-    experiment.write()
     failed = make_runs(
         experiment, runs, parallel=_PARALLEL.value, tools=Path(__file__).resolve().parent
     )

@@ -45,7 +45,8 @@ if named_in("fail"):
 labelled = f"{flags['num_labeled']} {flags['seed']}"
 (run / "result.json").write_text(json.dumps({
     "method": flags["method"], "train_steps": 4, "seconds": 2.0, "cpu_seconds": 1.5,
-    "parameters": {"encoder": 10, "decoder": 5}, "tensorflow": "0.0", "labelled": labelled,
+    "parameters": {"encoder": 10, "decoder": 5}, "precision": "float32", "tensorflow": "0.0",
+    "labelled": labelled,
 }))
 """
 
@@ -127,7 +128,8 @@ def _make_results(
                     arm=arm, num_labeled=count, seed=seed, train_steps=(steps or {}).get(arm, 4),
                     seconds=10.0, cpu_seconds=(cpu_seconds or {}).get(arm, 8.0),
                     evaluation_seconds=2.0, memory_mib=1000, parameters=1_000_000,
-                    side_by_side=1, tensorflow="0.0", processor="none",
+                    side_by_side=1, precision="float32", tensorflow="0.0", processor="none",
+                    code="abc",
                 )  # fmt: skip
                 scores = _scores(cases, dice + random.normal(0, spread, len(cases)))
                 results = results.with_run(run, scores, prior)

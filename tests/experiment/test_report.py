@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +55,16 @@ def test_claims_that_do_not_hold(report):
     gains = {"encdec": 0.0, "sscpcseg": 0.014, "control_a": 0.014}
     text, _ = report(gains, spread=0.0001)
     assert [claim(text, number) for number in (1, 2, 3)] == [
-        "not decided", "does not hold", "does not hold",
+        "not decided", "not shown", "does not hold",
     ]  # fmt: skip
-    text, _ = report(gains | {"encdec": 0.02})
-    assert claim(text, 1) == "does not hold"
+    text, _ = report(gains | {"encdec": 0.02, "control_a": 0.02}, spread=0.001)
+    assert [claim(text, number) for number in (1, 2)] == ["does not hold"] * 2
+
+
+def test_a_difference_that_may_be_chance_is_not_shown(report):
+    """.016 are above the margin, but scores of single cases spread by .2."""
+    text, _ = report({"encdec": 0.0, "cpcseg": 0.016}, spread=0.2)
+    assert claim(text, 3) == "not shown"
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.016, "holds"), (0.014, "does not hold")])
@@ -78,6 +85,35 @@ def test_one_number_of_labels_can_refute(make_experiment, make_results):
     assert claim((experiment.results / "report.md").read_text(), 2) == "does not hold"
     write_report(experiment, [3])
     assert claim((experiment.results / "report.md").read_text(), 2) == "holds"
+
+
+def test_a_number_of_labels_that_was_not_run_decides_nothing(report):
+    text, _ = report(GAINS, counts=(3,))
+    assert [claim(text, number) for number in (1, 2, 3)] == ["not decided"] * 3
+    assert "Not run: sscpcseg against control_a at 6 labelled." in text
+    assert "a method beside `encdec` at 3 and 6 labelled" in text
+
+
+def test_a_wider_network_is_no_rival(report):
+    """Its gain is not that of a second task."""
+    arms = ["encdec", "cpcseg", "wide=bcpcpcseg:width=16", "weak=cpcseg:branch_weight=.01"]
+    text, _ = report({"encdec": 0, "cpcseg": 0.02, "wide": 0.1, "weak": 0.03}, arms=arms)
+    assert "(best: `weak`)" in text
+
+
+def test_notes_by_hand_and_several_versions(make_experiment, make_results):
+    experiment = make_experiment("encdec", "cpcseg", count_subjects=True)
+    results = make_results({"encdec": 0, "cpcseg": 0.1}, counts=(3,), num_seeds=2)
+    old = {key: dataclasses.replace(run, code="def") for key, run in results.runs.items()
+           if key[2] == 1}  # fmt: skip
+    dataclasses.replace(results, runs={**results.runs, **old}).write(experiment.results)
+    (experiment.results / "notes.md").write_text("Seed 1 came first.\n")
+    write_report(experiment, [3])
+    text = (experiment.results / "report.md").read_text()
+    assert "\n\nSeed 1 came first.\n\n## Claims" in text
+    for code in ("abc", "def"):
+        assert f"* TensorFlow 0.0, none, float32, code {code}: 2 runs" in text
+    assert "Judged with 3 labelled subjects" in text
 
 
 def test_two_seeds_decide_nothing(report):
@@ -105,6 +141,8 @@ def test_comparisons(report, make_results):
     difference = results.dice("sscpcseg", 0, range(3)) - results.dice("control_a", 0, range(3))
     assert float(row["difference"]) == pytest.approx(difference.mean())
     assert float(row["time_ratio"]) == 2
+    by_seed = [float(value) for value in row["by_seed"].split()]
+    assert by_seed == pytest.approx(difference.mean(axis=1))
     per_subject = difference.mean(axis=0).reshape(20, 2).mean(axis=1)
     assert float(row["p"]) == pytest.approx(wilcoxon_p(per_subject))
     corrected = holm([float(row["p"]) for row in at_steps])
@@ -137,7 +175,8 @@ def test_what_equal_time_lacks(report):
     text, _ = report({"encdec": 0.0, "wide": 0.1}, arms=["encdec", "wide=cpcseg:width=16"],
                      cpu_seconds={"wide": 20.0})  # fmt: skip
     # 20 s against 8 s for 4 steps: 10 steps.
-    assert "`--arms=encdec_10=encdec:train_steps=10`" in text
+    suggested = "no `encdec` took as long; `--arms=encdec_10=encdec:train_steps=10` would"
+    assert f"`wide` against `encdec` at 3, 6, all labelled: {suggested}" in text
 
 
 def test_table(report, make_results):
@@ -173,7 +212,9 @@ def test_labels_saved(report):
 def test_commands_make_the_finished_runs(report, make_experiment, make_results):
     text, _ = report(GAINS, num_seeds=1, counts=(3, 0))
     command = next(line for line in text.splitlines() if "label_efficiency.py" in line)
-    assert command.endswith("--arms=encdec,cpcseg,sscpcseg,control_a --num_labeled=3,all --seeds=0")
+    assert command.endswith(
+        "--few=3,6 --arms=encdec,cpcseg,sscpcseg,control_a --num_labeled=3,all --seeds=0"
+    )
     assert "--method=sscpcseg --num_labeled=3 --seed=0 --branch_weight=0" in text
 
 
@@ -192,7 +233,7 @@ def test_no_path_of_this_machine_and_the_same_bytes_again(report, tmp_path):
 
 def test_one_arm_alone(report):
     text, folder = report({"encdec": 0.0}, num_seeds=1, counts=(0,))
-    assert "There are no runs at the numbers of labelled cases they are about." in text
+    assert {claim(text, number) for number in (1, 2, 3)} == {"not decided"}
     assert not (folder / "comparisons.csv").exists()
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tfmtseg.errors import InputError
 from tfmtseg.experiment import run as run_module
-from tfmtseg.experiment.plan import Experiment, Run, plan_runs
+from tfmtseg.experiment.plan import Experiment, Run, open_experiment, parse_arms, plan_runs
 from tfmtseg.experiment.results import Results
 from tfmtseg.experiment.run import make_runs
 
@@ -186,14 +186,30 @@ def test_failed_runs_are_told_and_do_not_stop_the_others(make_experiment, tools,
     assert runs[0].key in Results.read(experiment.results).runs
 
 
+def test_other_cases_are_told_and_do_not_stop_the_others(make_experiment, tools, capsys):
+    """The second arm's labelled cases are not those of the first."""
+    experiment = make_experiment("encdec", "sscpcseg", "cpcseg")
+    runs = all_runs(experiment)
+    train = (tools / "train.py").read_text()
+    (tools / "train.py").write_text(
+        train.replace('labelled = f"', "labelled = (flags['method'] == 'sscpcseg') * 'x' + f\"")
+    )
+    assert make_runs(experiment, runs, parallel=1, tools=tools) == [runs[1]]
+    assert "run sscpcseg, 3 labelled, seed 0: labelled cases is others" in capsys.readouterr().err
+    assert {runs[0].key, runs[2].key} <= set(Results.read(experiment.results).runs)
+
+
 def test_one_experiment_at_a_time(make_experiment, tools, monkeypatch):
     monkeypatch.setattr(run_module, "_PATIENCE_SECONDS", 0)
     experiment = make_experiment("encdec")
+    further = parse_arms(["sscpcseg"])
+    experiment = open_experiment(experiment.directory, ".", experiment.settings, further, 1)
     with open(experiment.directory / ".lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="experiment is at work in another process"):
             make_runs(experiment, all_runs(experiment), parallel=1, tools=tools)
     assert calls(tools) == []
+    assert "sscpcseg" not in (experiment.results / "experiment.yaml").read_text()
 
 
 def test_runs_end_with_an_interrupted_experiment(make_experiment, tools, monkeypatch):

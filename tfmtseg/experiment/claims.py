@@ -3,7 +3,8 @@
 S1: `sscpcseg` is better than every other method of the paper.
 S2: `sscpcseg` is better than itself without its contrastive loss.
 S3: the best method is at least 1.5 points better than `encdec`, and better than its own
-control, which is the same without its second task.
+control, which is the same without its contrastive loss. Of a method without such a loss
+`encdec` is the control.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Comparison:
         reference_num_labeled: Those of the reference.
         seeds: Seeds that both have.
         difference: Mean over seeds and cases.
+        by_seed: Means over cases, of each seed.
         low: Lower end of its 95 % interval.
         high: Upper end.
         p: Of the signed-rank test over subjects, each averaged over seeds and cases.
@@ -65,6 +67,7 @@ class Comparison:
     reference_num_labeled: int
     seeds: int
     difference: float
+    by_seed: tuple[float, ...]
     low: float
     high: float
     p: float
@@ -114,6 +117,7 @@ def compare(
         reference_num_labeled=other,
         seeds=len(seeds),
         difference=float(differences.mean()),
+        by_seed=tuple(map(float, differences.mean(axis=1))),
         low=low,
         high=high,
         p=p,
@@ -142,7 +146,7 @@ class Contest:
         self.experiment = experiment
         self.results = results
         self.subject = subject
-        self.few = [count for count in results.counts() if count in few]
+        self.few = few
         finished = {arm for arm, _, _ in results.runs}
         self.arms = [arm for name, arm in experiment.arms.items() if name in finished]
         self.equal_steps = self._equal_steps()
@@ -179,10 +183,11 @@ class Contest:
     def _equal_time(self) -> tuple[list[Comparison], list[str]]:
         """Comparisons with the reference that took as long, and what would be needed for more."""
         comparisons: list[Comparison | None] = []
-        lacking = []
+        lacking: list[str] = []
         for arm in self.arms:
             for name in references(arm):
                 candidates = [other for other in self.arms if other.kind == kind_of(name)]
+                alone = []
                 for count in self.results.counts(arm.name):
                     found = [
                         compare(self.results, self.subject, arm.name, other.name, count)
@@ -195,21 +200,24 @@ class Contest:
                     if abs(closest.time_ratio - 1) <= TIME_TOLERANCE:
                         comparisons.append(closest)
                     else:
-                        lacking.append(self._suggestion(closest))
-        return _corrected(comparisons), list(dict.fromkeys(lacking))
+                        alone.append(closest)
+                if alone:
+                    lacking.append(self._suggestion(name, alone))
+        return _corrected(comparisons), lacking
 
-    def _suggestion(self, closest: Comparison) -> str:
-        reference = self.experiment.arms[closest.reference]
+    def _suggestion(self, known: str, closest: Sequence[Comparison]) -> str:
+        """A copy of a known arm that would take as long as the arm of these comparisons."""
+        reference = self.experiment.arms[closest[0].reference]
         every = self.experiment.settings.steps_per_epoch
-        steps = self.experiment.steps(reference) * closest.time_ratio
-        steps = max(every, round(steps / every) * every)
+        steps_of = [self.experiment.steps(self.experiment.arms[c.reference]) for c in closest]
+        equal = np.mean([n * c.time_ratio for n, c in zip(steps_of, closest, strict=True)])
+        steps = max(every, round(float(equal) / every) * every)
         settings = {**reference.settings, "train_steps": steps}
-        arm = Arm(f"{reference.name}_{steps}", reference.method, settings)
+        copy = Arm(f"{known}_{steps}", reference.method, settings)
+        counts = ", ".join(count_text(c.num_labeled) for c in closest)
         return (
-            f"`{closest.arm}` against `{reference.name}` at "
-            f"{count_text(closest.num_labeled)} labelled: took {closest.time_ratio:.2f} times as "
-            f"long, and no longer or shorter `{reference.name}` was run; `--arms={arm.definition}` "
-            "would be one"
+            f"`{closest[0].arm}` against `{known}` at {counts} labelled: no `{known}` took as "
+            f"long; `--arms={copy.definition}` would"
         )
 
     def best(self) -> Arm | None:
@@ -225,6 +233,7 @@ class Contest:
             if self.experiment.steps(arm) == self.experiment.settings.train_steps
             and arm.method != BASELINE
             and arm.kind not in controls
+            and arm.differs_in_task_alone
             and self.few
             and all(self.results.seeds(arm.name, count) for count in self.few)
         ]
@@ -266,14 +275,20 @@ class Evidence:
     comparisons: Sequence[Comparison]
     missing: Sequence[str]
 
-    def verdict(self, holds: Callable[[Comparison], bool]) -> str:
+    def verdict(self, margin: Callable[[Comparison], float]) -> str:
         """In words: whether the claim holds, by all comparisons.
 
-        One failed comparison refutes it; without one, all must be there.
+        One comparison whose interval lies below the margin refutes it, and one that is no
+        gain, or one below the margin, leaves it not shown; without such, all must be there.
+
+        Args:
+            margin: What a comparison's difference must be at least.
         """
         decided = [c for c in self.comparisons if c.seeds >= MIN_SEEDS]
-        if any(not holds(comparison) for comparison in decided):
+        if any(c.high < margin(c) for c in decided):
             return "does not hold"
+        if any(not c.is_gain or c.difference < margin(c) for c in decided):
+            return "not shown"
         if self.missing or len(decided) < len(self.comparisons) or not decided:
             return "not decided"
         return "holds"

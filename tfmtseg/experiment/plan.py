@@ -36,6 +36,12 @@ SHAPE_PRIOR = "shape_prior"
 # against, its control, is found by the arm's method.
 KNOWN_ARMS = {"control_a": "sscpcseg:branch_weight=0"}
 CONTROLS = {"sscpcseg": "control_a", "bcpcpcseg": "bcp"}
+# Settings of the second task alone. Arms that differ in others too, such as the width, are
+# no rivals: the claims are about the second task.
+TASK_SETTINGS = {
+    "branch_weight", "contrastive_form", "cube_size", "negatives", "predictor_blocks",
+    "pseudo_label_weight", "teacher_momentum", "teacher_start", "unlabeled_per_step",
+}  # fmt: skip
 # What the experiment itself sets for each run.
 OWN_SETTINGS = {"data_dir", "model_dir", "cache_dir", "method", "num_labeled", "seed"}
 Kind = tuple[str, tuple[tuple[str, Any], ...]]  # method and settings
@@ -61,6 +67,11 @@ class Arm:
         """What is the same for arms that differ in name and number of steps only."""
         rest = {name: value for name, value in self.settings.items() if name != "train_steps"}
         return self.method, tuple(sorted(rest.items()))
+
+    @property
+    def differs_in_task_alone(self) -> bool:
+        """Whether all settings but the second task's, and the steps, are those of all runs."""
+        return {*self.settings} <= {*TASK_SETTINGS, "train_steps"}
 
     @property
     def definition(self) -> str:

@@ -24,6 +24,7 @@ from tfmtseg.files import write_text
 from tfmtseg.inference.evaluate import read_metrics
 from tfmtseg.metrics.scores import CaseScores, RegionScores
 from tfmtseg.processor import processor_name
+from tfmtseg.version import code_version
 
 Key = tuple[str, int, int]  # arm, labelled cases (0: all), seed
 
@@ -43,8 +44,10 @@ class RunResult:
         memory_mib: Highest memory of the two; 0 if unknown.
         parameters: Trainable weights, the second task's included.
         side_by_side: Runs that the machine did at once.
+        precision: Of the training, such as `float32`.
         tensorflow: Its version.
         processor: Of the machine.
+        code: Version of this package, see `code_version`, when the run was finished.
     """
 
     arm: str
@@ -57,8 +60,10 @@ class RunResult:
     memory_mib: int
     parameters: int
     side_by_side: int
+    precision: str
     tensorflow: str
     processor: str
+    code: str
 
     @property
     def key(self) -> Key:
@@ -123,7 +128,7 @@ class Results:
         prior_key = (SHAPE_PRIOR, run.num_labeled, run.seed)
         known = self.scores.get(prior_key, tuple(prior))
         cases = tuple(case.case for case in scores)
-        if known != tuple(prior) or (self.scores and cases != self.cases):
+        if not _alike(known, prior) or (self.scores and cases != self.cases):
             what = "test cases" if self.scores and cases != self.cases else "labelled cases"
             raise InputError(
                 f"run {run.arm}, {count_text(run.num_labeled)} labelled, seed {run.seed}", what,
@@ -132,11 +137,11 @@ class Results:
             )  # fmt: skip
         empty = RunResult(
             SHAPE_PRIOR, run.num_labeled, run.seed, 0, 0.0, 0.0, 0.0, 0, 0,
-            run.side_by_side, run.tensorflow, run.processor,
+            run.side_by_side, run.precision, run.tensorflow, run.processor, run.code,
         )  # fmt: skip
         return Results(
             {prior_key: empty, **self.runs, run.key: run},
-            {prior_key: tuple(prior), **self.scores, run.key: tuple(scores)},
+            {prior_key: known, **self.scores, run.key: tuple(scores)},
         )
 
     def write(self, directory: Path) -> None:
@@ -217,12 +222,21 @@ def collect(
             memory_mib=memory_mib,
             parameters=sum(result["parameters"].values()),
             side_by_side=side_by_side,
+            precision=result["precision"],
             tensorflow=result["tensorflow"],
             processor=processor_name(),
+            code=code_version(),
         ),
         read_metrics(evaluation / "metrics.csv", regions),
         read_metrics(evaluation / "shape_prior.csv", regions),
     )
+
+
+def _alike(one: Sequence[CaseScores], other: Sequence[CaseScores]) -> bool:
+    """Whether two shape priors are one: counts of voxels are exact on every machine."""
+    return [(case.case, case.mean_dice) for case in one] == [
+        (case.case, case.mean_dice) for case in other
+    ]
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

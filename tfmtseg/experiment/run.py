@@ -53,9 +53,9 @@ def make_runs(
 ) -> list[Run]:
     """Makes those of `runs` that are not in the results yet, and adds them there.
 
-    A run that fails is told of with its log and does not stop the others. Whatever
-    happens, what is finished is not repeated by the next call, and what is not goes on
-    from its last checkpoint.
+    A run that fails, or has other test or labelled cases than those in the results, is
+    told of and does not stop the others. Whatever happens, what is finished is not
+    repeated by the next call, and what is not goes on from its last checkpoint.
 
     Args:
         experiment: The experiment.
@@ -70,6 +70,7 @@ def make_runs(
         InputError: If another process makes runs of this experiment.
     """
     with _lock(experiment.directory) as lock:
+        experiment.write()
         results = Results.read(experiment.results)
         waiting = [run for run in runs if run.key not in results.runs]
         progress = _Progress(experiment, results, waiting, len(runs))
@@ -87,15 +88,19 @@ def make_runs(
                     elif code is not None:
                         at_work.remove(job)
                         progress.ended.append(job.run)
-                        if code == 0:
-                            results = collect(
-                                results, job.run, experiment.run_directory(job.run),
-                                memory_mib=job.memory_mib, side_by_side=parallel,
-                            )  # fmt: skip
-                            results.write(experiment.results)
-                        else:
+                        problem = _failure(experiment, job.run, code) if code else ""
+                        if not problem:
+                            try:
+                                results = collect(
+                                    results, job.run, experiment.run_directory(job.run),
+                                    memory_mib=job.memory_mib, side_by_side=parallel,
+                                )  # fmt: skip
+                                results.write(experiment.results)
+                            except InputError as error:
+                                problem = str(error)
+                        if problem:
                             failed.append(job.run)
-                            progress.tell(_failure(experiment, job.run, code))
+                            progress.tell(problem)
                 progress.update([job.run for job in at_work])
         finally:
             progress.bar.close()

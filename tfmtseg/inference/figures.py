@@ -142,12 +142,15 @@ class ScoreLine:
     dashed: bool = False
 
 
-def draw_label_efficiency(lines: Sequence[ScoreLine], counts: Sequence[str], y_label: str) -> bytes:
+def draw_label_efficiency(
+    lines: Sequence[ScoreLine], counts: Sequence[str], x_label: str, y_label: str
+) -> bytes:
     """A diagram of scores over the number of labelled cases, with their intervals.
 
     Args:
         lines: At least one.
         counts: Names of the places on the x axis, evenly apart.
+        x_label: What they count.
         y_label: What the scores are.
     """
     figure, axes = _diagram((6.4, 4.0))
@@ -163,7 +166,7 @@ def draw_label_efficiency(lines: Sequence[ScoreLine], counts: Sequence[str], y_l
         axes.vlines(x, low, high, color=color, linewidth=1.2, alpha=0.7)
     axes.set_xticks(range(len(counts)), counts)
     axes.set_xlim(-0.5, len(counts) - 0.5)
-    axes.set_xlabel("labelled cases")
+    axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(frameon=False, labelcolor=_INK, loc="outside right upper", handlelength=1.6)
     return _png(figure)
