@@ -29,7 +29,8 @@ def test_every_flag_and_tool_it_names_exists():
     from tfmtseg.training.config import TrainConfig
 
     known = set(TrainConfig.__dataclass_fields__) | {
-        "config_file", "helpfull", "images_dir", "max_memory_gb", "output_dir", "parallel", "plan",
+        "arms", "config_file", "few", "helpfull", "images_dir", "max_memory_gb", "output_dir",
+        "parallel", "plan", "split",
     }  # fmt: skip
     assert set(re.findall(r"--([a-z_]+)", README)) <= known
     for tool in re.findall(r"tools/([a-z_]+\.py)", README):

@@ -7,7 +7,7 @@ The model is one of `tfmtseg-export`. gRPC sends the voxels as they lie in memor
 meant for volumes. `--protocol=rest` sends numbers as text, two to five times as many bytes,
 and needs nothing but Python's own library; its port is mostly 8501.
 
-gRPC needs the package tensorflow-serving-api (`pip install 'tfmtseg[serving]'`).
+gRPC needs the package tensorflow-serving-api (`pip install '.[serving]'` in a checkout).
 """
 
 from __future__ import annotations

@@ -213,7 +213,7 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((x.split(": ")[1] for x in lines if x.startswith("model name")), "unknown")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    system = f"{platform.system()} {platform.release()}"
+    system = f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}"
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory, {system}"
 
 
