@@ -73,8 +73,8 @@ def _versions() -> Iterator[Finding]:
         "Keras",
         compat.versions()["keras"],
         "" if fits else "it belongs to another TensorFlow",
-        "install TensorFlow 2.15 with Keras 2.15 (pip install '.[addons]' in a checkout), or a newer "
-        "TensorFlow with Keras 3",
+        "install TensorFlow 2.15 with Keras 2.15 (pip install '.[addons]' in a checkout), or a "
+        "newer TensorFlow with Keras 3",
     )
 
 

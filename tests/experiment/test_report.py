@@ -171,6 +171,26 @@ def test_equal_time(report):
     assert "Without a partner" not in text
 
 
+def test_times_of_different_processors_are_not_compared(make_experiment, make_results):
+    """Seed 0 of `cpcseg` took 3 times as long as its reference, seed 1 on another processor."""
+    experiment = make_experiment("encdec", "cpcseg")
+    results = make_results(
+        {"encdec": 0, "cpcseg": 0.1}, counts=(3,), num_seeds=2, cpu_seconds={"cpcseg": 24.0}
+    )
+    key = ("cpcseg", 3, 1)
+    run = dataclasses.replace(results.runs[key], cpu_seconds=1000.0, processor="another")
+    results = dataclasses.replace(results, runs={**results.runs, key: run})
+    (comparison,) = Contest(experiment, results, str, [3]).equal_steps
+    assert comparison.seeds == 2
+    assert comparison.time_ratio == 3
+    key = ("cpcseg", 3, 0)
+    run = dataclasses.replace(results.runs[key], processor="another")
+    results = dataclasses.replace(results, runs={**results.runs, key: run})
+    contest = Contest(experiment, results, str, [3])
+    assert contest.equal_steps[0].time_ratio is None
+    assert contest.equal_time == contest.lacking == []
+
+
 def test_what_equal_time_lacks(report):
     text, _ = report({"encdec": 0.0, "wide": 0.1}, arms=["encdec", "wide=cpcseg:width=16"],
                      cpu_seconds={"wide": 20.0})  # fmt: skip

@@ -25,7 +25,7 @@ from tfmtseg.experiment.plan import (
     count_text,
     parse_settings,
 )
-from tfmtseg.experiment.results import Results
+from tfmtseg.experiment.results import Results, RunResult
 from tfmtseg.experiment.statistics import (
     bootstrap_interval,
     holm,
@@ -58,7 +58,8 @@ class Comparison:
         high: Upper end.
         p: Of the signed-rank test over subjects, each averaged over seeds and cases.
         p_holm: Corrected for the number of comparisons of the table it stands in.
-        time_ratio: Processor time of the arm's training over that of the reference.
+        time_ratio: Processor time of the arm's training over that of the reference, of the
+            seeds at which both ran on processors of one name; `None` if there are none.
     """
 
     arm: str
@@ -72,7 +73,7 @@ class Comparison:
     high: float
     p: float
     p_holm: float
-    time_ratio: float
+    time_ratio: float | None
 
     @property
     def is_gain(self) -> bool:
@@ -105,10 +106,6 @@ def compare(
     differences = results.dice(arm, num_labeled, seeds) - results.dice(reference, other, seeds)
     subjects = [subject(case) for case in results.cases]
     low, high = bootstrap_interval(differences, subjects)
-    times = [
-        sum(run.cpu_seconds for run in results.of(name, count, seeds))
-        for name, count in ((arm, num_labeled), (reference, other))
-    ]
     p = wilcoxon_p(subject_means(differences.mean(axis=0), subjects))
     return Comparison(
         arm=arm,
@@ -122,8 +119,16 @@ def compare(
         high=high,
         p=p,
         p_holm=p,
-        time_ratio=times[0] / times[1] if times[1] else float("inf"),
+        time_ratio=_time_ratio(
+            results.of(arm, num_labeled, seeds), results.of(reference, other, seeds)
+        ),
     )
+
+
+def _time_ratio(runs: Sequence[RunResult], references: Sequence[RunResult]) -> float | None:
+    alike = [(a, b) for a, b in zip(runs, references, strict=True) if a.processor == b.processor]
+    reference = sum(b.cpu_seconds for _, b in alike)
+    return sum(a.cpu_seconds for a, _ in alike) / reference if reference else None
 
 
 class Contest:
@@ -193,30 +198,30 @@ class Contest:
                         compare(self.results, self.subject, arm.name, other.name, count)
                         for other in candidates
                     ]
-                    known = [comparison for comparison in found if comparison is not None]
-                    if not known:
+                    ratios = {c: c.time_ratio for c in found if c is not None and c.time_ratio}
+                    if not ratios:
                         continue
-                    closest = min(known, key=lambda c: abs(log(c.time_ratio)))
-                    if abs(closest.time_ratio - 1) <= TIME_TOLERANCE:
+                    closest = min(ratios, key=lambda c: abs(log(ratios[c])))
+                    if abs(ratios[closest] - 1) <= TIME_TOLERANCE:
                         comparisons.append(closest)
                     else:
-                        alone.append(closest)
+                        alone.append((closest, ratios[closest]))
                 if alone:
                     lacking.append(self._suggestion(name, alone))
         return _corrected(comparisons), lacking
 
-    def _suggestion(self, known: str, closest: Sequence[Comparison]) -> str:
+    def _suggestion(self, known: str, closest: Sequence[tuple[Comparison, float]]) -> str:
         """A copy of a known arm that would take as long as the arm of these comparisons."""
-        reference = self.experiment.arms[closest[0].reference]
+        arms = self.experiment.arms
+        reference = arms[closest[0][0].reference]
         every = self.experiment.settings.steps_per_epoch
-        steps_of = [self.experiment.steps(self.experiment.arms[c.reference]) for c in closest]
-        equal = np.mean([n * c.time_ratio for n, c in zip(steps_of, closest, strict=True)])
+        equal = np.mean([self.experiment.steps(arms[c.reference]) * ratio for c, ratio in closest])
         steps = max(every, round(float(equal) / every) * every)
         settings = {**reference.settings, "train_steps": steps}
         copy = Arm(f"{known}_{steps}", reference.method, settings)
-        counts = ", ".join(count_text(c.num_labeled) for c in closest)
+        counts = ", ".join(count_text(c.num_labeled) for c, _ in closest)
         return (
-            f"`{closest[0].arm}` against `{known}` at {counts} labelled: no `{known}` took as "
+            f"`{closest[0][0].arm}` against `{known}` at {counts} labelled: no `{known}` took as "
             f"long; `--arms={copy.definition}` would"
         )
 

@@ -377,7 +377,7 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
             f"| `{c.arm}` | `{c.reference}` | {count_text(c.num_labeled)} "
             f"| {_points(c.difference)} | {_interval(c)} "
             f"| {' '.join(map(_points, c.by_seed))} | {_p(c.p)} | {_p(c.p_holm)} "
-            f"| x {c.time_ratio:.2f} |"
+            f"| {f'x {c.time_ratio:.2f}' if c.time_ratio else ''} |"
             for c in comparisons
         ],
     ]
@@ -388,7 +388,8 @@ def _costs(rows: Sequence[dict[str, Any]]) -> str:
         "## Costs",
         "",
         "Of one training, mean over seeds. Processor seconds are what the comparisons at equal "
-        "time go by; seconds depend on what else the machine did.",
+        "time go by, between runs on processors of one name; seconds depend on what else the "
+        "machine did.",
         "",
         "| arm | labelled | steps | seconds | processor seconds | memory, MiB | parameters |",
         "|---|---|---|---|---|---|---|",
