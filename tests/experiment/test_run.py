@@ -52,11 +52,16 @@ def test_every_run_once(make_experiment, tools):
     assert (run.train_steps, run.seconds, run.cpu_seconds, run.parameters) == (4, 2.0, 1.5, 15)
     assert run.memory_mib > 1
     assert results.cases == ("p1_1", "p1_2", "p2_1", "p3_1")
+    splits = experiment.results / "splits"
+    assert {path.name for path in splits.iterdir()} == {
+        "test.txt", "development.txt", "labeled_n3_seed0.txt", "labeled_n3_seed1.txt",
+    }  # fmt: skip
+    assert (splits / "labeled_n3_seed1.txt").read_text() == "labeled of 3 1\n"
 
-    before = {path: path.read_bytes() for path in experiment.results.iterdir()}
+    before = {path: path.read_bytes() for path in experiment.results.glob("*.*")}
     assert make_runs(experiment, runs, parallel=1, tools=tools) == []
     assert len(calls(tools)) == 4
-    assert {path: path.read_bytes() for path in experiment.results.iterdir()} == before
+    assert {path: path.read_bytes() for path in experiment.results.glob("*.*")} == before
 
 
 def test_results_alone_are_enough_to_go_on(make_experiment, tools):

@@ -422,7 +422,8 @@ def _method(contest: Contest) -> str:
         "that at equal time. The best method of S3 is "
         "chosen by the test cases it is judged on, which flatters its interval.\n\n"
         "`cases.csv` holds every score of every test case, `runs.csv` every run, `table.csv` the "
-        "scores above and `comparisons.csv` the differences at equal steps and time, all digits."
+        "scores above and `comparisons.csv` the differences at equal steps and time, all digits. "
+        "`splits/` lists the test, development and labelled cases."
     )
 
 

@@ -1,9 +1,11 @@
-"""The results of finished runs, kept in two tables that need no other file.
+"""The results of finished runs, kept in tables and lists that need no other file.
 
 `results/runs.csv` has one row per run: steps, wall-clock and processor seconds of the
 training, seconds of the evaluation, memory, parameters, versions. `results/cases.csv`
 has one row per run, test case and class. The shape prior's rows stand among them as an
-arm of its own.
+arm of its own. `results/splits/` lists the cases: `test.txt`, `development.txt`, and
+`labeled_nN_seedS.txt` for each number of labelled cases and seed; the others are the
+unlabelled ones.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from tfmtseg.data.cases import write_case_list
+from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.plan import SHAPE_PRIOR, Run, by_count, count_text, parse_counts
 from tfmtseg.files import write_text
@@ -237,6 +241,23 @@ def _alike(one: Sequence[CaseScores], other: Sequence[CaseScores]) -> bool:
     return [(case.case, case.mean_dice) for case in one] == [
         (case.case, case.mean_dice) for case in other
     ]
+
+
+def keep_splits(run: Run, directory: Path, results: Path) -> None:
+    """Writes the lists of a run's cases into `results/splits/`.
+
+    Args:
+        run: The run.
+        directory: Its folder.
+        results: Of the experiment.
+    """
+    splits = Splits.read(directory / "splits")
+    labeled = f"labeled_n{count_text(run.num_labeled)}_seed{run.seed}.txt"
+    lists = {
+        "test.txt": splits.test, "development.txt": splits.development, labeled: splits.labeled,
+    }  # fmt: skip
+    for name, cases in lists.items():
+        write_case_list(results / "splits" / name, cases)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.estimate import Estimates
 from tfmtseg.experiment.plan import Experiment, Run, steps_made
-from tfmtseg.experiment.results import Results, collect
+from tfmtseg.experiment.results import Results, collect, keep_splits
 
 _POLL_SECONDS = 0.5
 _PATIENCE_SECONDS = 10.0  # for the processes of an experiment that was just killed
@@ -88,13 +88,15 @@ def make_runs(
                     elif code is not None:
                         at_work.remove(job)
                         progress.ended.append(job.run)
+                        directory = experiment.run_directory(job.run)
                         problem = _failure(experiment, job.run, code) if code else ""
                         if not problem:
                             try:
                                 results = collect(
-                                    results, job.run, experiment.run_directory(job.run),
+                                    results, job.run, directory,
                                     memory_mib=job.memory_mib, side_by_side=parallel,
                                 )  # fmt: skip
+                                keep_splits(job.run, directory, experiment.results)
                                 results.write(experiment.results)
                             except InputError as error:
                                 problem = str(error)
