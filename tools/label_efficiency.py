@@ -36,7 +36,7 @@ _CONFIG_FILE = flags.DEFINE_string(
 _SET = flags.DEFINE_multi_string(
     "set", [], "NAME=VALUE, a setting of tools/train.py for all runs; may be repeated."
 )
-_ARMS = flags.DEFINE_list("arms", ["shape_prior", "encdec", "sscpcseg", "control_a"], "Arms.")
+_ARMS = flags.DEFINE_list("arms", ["shape_prior", "encdec", "sscpcseg"], "Arms.")
 _NUM_LABELED = flags.DEFINE_list(
     "num_labeled", ["3", "6", "all"], "Numbers of labelled cases, or all."
 )

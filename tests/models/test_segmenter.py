@@ -109,6 +109,21 @@ def test_branch_weight_defaults_to_its_branch():
     assert make(branch_weight=0.0).branch_weight == 0.0
 
 
+@pytest.mark.parametrize(("method", "without"), [("sscpcseg", "encdec"), ("bcpcpcseg", "bcp")])
+def test_a_branch_of_weight_0_only_shows_its_loss(method, without):
+    """The rest learns what the method without the branch learns, to the last bit."""
+    control = compiled(method, branch_weight=0.0)
+    data = batch([1, 0, 1, 0])
+    shown, before, after = one_step(control, data)
+    logs, _, expected = one_step(compiled(without), data)
+    assert shown["cpc_loss"] > 0
+    assert shown["loss"] == logs["loss"]
+    for name in ("encoder", "decoder", "head"):
+        for one, other in zip(after[name], expected[name], strict=True):
+            np.testing.assert_array_equal(one, other)
+    assert moved(before, after) == {"encoder", "decoder", "head"}
+
+
 def test_parameters(model):
     counts = model.count_parameters()
     # As in the encoder's and decoder's tests: 1 modality, 3 outputs.

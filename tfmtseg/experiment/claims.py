@@ -1,7 +1,7 @@
 """Comparisons of arms, and what they say about the claims S1, S2 and S3.
 
 S1: `sscpcseg` is better than every other method of the paper.
-S2: `sscpcseg` is better than itself without its contrastive loss.
+S2: `sscpcseg` is better than itself without its contrastive loss, which is `encdec`.
 S3: the best method is at least 1.5 points better than `encdec`, and better than its own
 control, which is the same without its contrastive loss. Of a method without such a loss
 `encdec` is the control.

@@ -404,7 +404,9 @@ class Segmenter(compat.Model):
             prefix = self.branch.prefix
             for name, value in self.branch.parts(batch).items():
                 shown[f"{prefix}_{name}"] = value
-            terms.append(self.branch_weight * shown[f"{prefix}_loss"])
+            # Weight 0 costs a forward pass, to show the loss, but no backward one.
+            if self.branch_weight or self.pretraining:
+                terms.append(self.branch_weight * shown[f"{prefix}_loss"])
         # Not by +, whose order TensorFlow chooses anew in each process.
         loss = shown["loss"] = tf.add_n(terms)
         return loss, replicas.total(shown), metrics
@@ -498,6 +500,11 @@ class Segmenter(compat.Model):
             scaled = compat.scale_loss(self.optimizer, loss)
         variables = self.trainable_variables
         gradients = tape.gradient(scaled, variables)
+        if self.branch_weight == 0:
+            gradients = [
+                tf.zeros_like(weight) if gradient is None else gradient
+                for weight, gradient in zip(variables, gradients, strict=True)
+            ]
         checked = dict(shown)
         if not compat.scales_loss(self.optimizer):  # it leaves out updates that overflow
             checked["gradient"] = tf.linalg.global_norm(gradients)
