@@ -113,7 +113,7 @@ def test_notes_by_hand_and_several_versions(make_experiment, make_results):
     text = (experiment.results / "report.md").read_text()
     assert "\n\nSeed 1 came first.\n\n## Claims" in text
     for code in ("abc", "def"):
-        assert f"* TensorFlow 0.0, none, float32, code {code}: 2 runs" in text
+        assert f"* TensorFlow 0.0, none, float32, code {code}: 2\n" in text
     assert "Judged with 3 labelled subjects" in text
 
 

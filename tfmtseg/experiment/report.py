@@ -210,9 +210,9 @@ def _head(contest: Contest) -> str:
             "settings are in `settings.yaml`. Numbers of labelled ones are those of "
             f"{_unit(contest)}.",
             "",
-            "Made with:",
+            "Made with, and how many runs:",
             "",
-            *[f"* {what}: {number} runs" for what, number in sorted(made.items())],
+            *[f"* {what}: {number}" for what, number in sorted(made.items())],
             "",
             "Arms:",
             "",
