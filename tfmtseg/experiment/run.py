@@ -88,21 +88,11 @@ def make_runs(
                     elif code is not None:
                         at_work.remove(job)
                         progress.ended.append(job.run)
-                        directory = experiment.run_directory(job.run)
-                        problem = _failure(experiment, job.run, code) if code else ""
-                        if not problem:
-                            try:
-                                results = collect(
-                                    results, job.run, directory,
-                                    memory_mib=job.memory_mib, side_by_side=parallel,
-                                )  # fmt: skip
-                                keep_splits(job.run, directory, experiment.results)
-                                results.write(experiment.results)
-                            except InputError as error:
-                                problem = str(error)
-                        if problem:
+                        try:
+                            results = _take_in(experiment, results, job, code, parallel)
+                        except (InputError, _RunFailed) as error:
                             failed.append(job.run)
-                            progress.tell(problem)
+                            progress.tell(str(error))
                 progress.update([job.run for job in at_work])
         finally:
             progress.bar.close()
@@ -218,6 +208,23 @@ def _poll(job: _Job) -> int | None:
     job.memory_mib = max(job.memory_mib, usage.ru_maxrss // unit)
     job.process.returncode = os.waitstatus_to_exitcode(status)
     return job.process.returncode
+
+
+class _RunFailed(Exception):
+    """A command of a run ended with another status than 0."""
+
+
+def _take_in(
+    experiment: Experiment, results: Results, job: _Job, code: int, parallel: int
+) -> Results:
+    """The results with those of a run that has ended; written."""
+    if code != 0:
+        raise _RunFailed(_failure(experiment, job.run, code))
+    directory = experiment.run_directory(job.run)
+    results = collect(results, job.run, directory, memory_mib=job.memory_mib, side_by_side=parallel)
+    keep_splits(job.run, directory, experiment.results)
+    results.write(experiment.results)
+    return results
 
 
 def _failure(experiment: Experiment, run: Run, code: int) -> str:
