@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -77,8 +78,8 @@ def test_a_processor_without_avx_512(monkeypatch):
     ("name", "target", "value", "problem"),
     [
         ("Keras", "tfmtseg.compat.tensorflow_fits_keras", lambda: False, "another TensorFlow"),
-        ("memory", "tfmtseg.doctor.LEAST_MEMORY_GIB", 10**6, "too little"),
-        ("disk", "tfmtseg.doctor.LEAST_DISK_GIB", 10**6, "too little"),
+        ("memory", "tfmtseg.doctor.LEAST_MEMORY_GB", 10**6, "too little"),
+        ("disk", "tfmtseg.doctor.LEAST_DISK_GB", 10**6, "too little"),
         ("disk", "os.access", lambda *arguments: False, "cannot be written to"),
     ],
 )
@@ -87,6 +88,13 @@ def test_problems(monkeypatch, name, target, value, problem):
     found = find(name)
     assert problem in found.problem
     assert found.fix
+
+
+def test_a_system_without_proc(monkeypatch):
+    monkeypatch.setattr("tfmtseg.doctor.available_memory_gb", lambda: math.inf)
+    found = find("memory")
+    assert found.value == "unknown on this system"
+    assert not found.problem
 
 
 def test_onednn_turned_off(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -16,13 +17,13 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.errors import NativeOpsError
+from tfmtseg.memory import GB, available_memory_gb
 from tfmtseg.ops import build, library
 from tfmtseg.processor import processor_features
 from tfmtseg.version import __version__
 
-GIB = 2**30
-LEAST_MEMORY_GIB = 4  # TensorFlow with a training of small crops
-LEAST_DISK_GIB = 2  # a cache, some checkpoints
+LEAST_MEMORY_GB = 4  # TensorFlow with a training of small crops
+LEAST_DISK_GB = 2  # a cache, some checkpoints
 
 
 @dataclass(frozen=True)
@@ -160,13 +161,11 @@ def _instruction_set(machine: str) -> str:
 
 
 def _memory() -> Iterator[Finding]:
-    with open("/proc/meminfo", encoding="utf-8") as file:
-        kib = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in file)}
-    available, total = (kib[f"Mem{name}"] * 1024 / GIB for name in ("Available", "Total"))
+    available = available_memory_gb()
     yield Finding(
         "memory",
-        f"{available:.1f} GiB of {total:.1f} GiB available",
-        "" if available >= LEAST_MEMORY_GIB else "too little for most trainings",
+        f"{available:.1f} GB available" if math.isfinite(available) else "unknown on this system",
+        "" if available >= LEAST_MEMORY_GB else "too little for most trainings",
         "close other programs, or train with smaller --crop and --width",
     )
 
@@ -175,12 +174,12 @@ def _disk() -> Iterator[Finding]:
     for name, folder in (("disk", Path.cwd()), ("disk of the cache", build.cache_dir())):
         while not folder.exists():
             folder = folder.parent
-        free = shutil.disk_usage(folder).free / GIB
+        free = shutil.disk_usage(folder).free / GB
         writable = os.access(folder, os.W_OK)
-        problem = "" if free >= LEAST_DISK_GIB else "too little for a cache and checkpoints"
+        problem = "" if free >= LEAST_DISK_GB else "too little for a cache and checkpoints"
         yield Finding(
             name,
-            f"{free:.1f} GiB free in {folder}",
+            f"{free:.1f} GB free in {folder}",
             problem if writable else f"{folder} cannot be written to",
             "make room, or work in another folder (the cache: TFMTSEG_CACHE_DIR)",
         )

@@ -51,7 +51,7 @@ for name in ("labeled", "unlabeled", "development", "test"):
 (run / "result.json").write_text(json.dumps({
     "method": flags["method"], "train_steps": 4, "seconds": 2.0, "cpu_seconds": 1.5,
     "parameters": {"encoder": 10, "decoder": 5}, "precision": "float32", "tensorflow": "0.0",
-    "labelled": labelled,
+    "processor": "none", "code": "abc", "labelled": labelled,
 }))
 """
 

@@ -24,6 +24,7 @@ from tfmtseg.training import run as run_module
 from tfmtseg.training.checkpoint import load_model
 from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.run import load_run, train
+from tfmtseg.version import code_version
 
 ROOT = Path(__file__).resolve().parents[2]
 REGIONS = ("WT", "TC", "ET")
@@ -103,6 +104,7 @@ def test_run_folder(opened):
     assert result["method"] == "sscpcseg"
     assert result["precision"] == "float32"  # chosen on a CPU
     assert result["peak_memory_gb"] > 0.1
+    assert result["code"] == code_version()
     assert result["num_labeled"] == 2
     assert result["num_unlabeled"] == 3
     with (run.directory / "history.csv").open() as file:

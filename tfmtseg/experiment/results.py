@@ -27,8 +27,6 @@ from tfmtseg.experiment.plan import SHAPE_PRIOR, Run, by_count, count_text, pars
 from tfmtseg.files import write_text
 from tfmtseg.inference.evaluate import read_metrics
 from tfmtseg.metrics.scores import CaseScores, RegionScores
-from tfmtseg.processor import processor_name
-from tfmtseg.version import code_version
 
 Key = tuple[str, int, int]  # arm, labelled cases (0: all), seed
 
@@ -51,7 +49,7 @@ class RunResult:
         precision: Of the training, such as `float32`.
         tensorflow: Its version.
         processor: Of the machine.
-        code: Version of this package, see `code_version`, when the run was finished.
+        code: Version of this package, see `code_version`, when it began or last went on.
     """
 
     arm: str
@@ -228,8 +226,8 @@ def collect(
             side_by_side=side_by_side,
             precision=result["precision"],
             tensorflow=result["tensorflow"],
-            processor=processor_name(),
-            code=code_version(),
+            processor=result["processor"],
+            code=result["code"],
         ),
         read_metrics(evaluation / "metrics.csv", regions),
         read_metrics(evaluation / "shape_prior.csv", regions),

@@ -41,6 +41,7 @@ from tfmtseg.memory import peak_memory_gb
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops import library
+from tfmtseg.processor import processor_name
 from tfmtseg.regions import Regions
 from tfmtseg.training.callbacks import (
     Checkpoints,
@@ -64,6 +65,7 @@ from tfmtseg.training.strategy import (
     wait_for_all,
     writes,
 )
+from tfmtseg.version import code_version
 
 # Settings that may differ when a run goes on: they change no result, or its rounding alone.
 MAY_CHANGE = {
@@ -90,6 +92,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             soon as all are there.
     """
     config.check()
+    code = code_version()  # at once: the files may change while the model trains
     strategy = make_strategy(config)
     directory = Path(config.model_dir)
     keras.utils.set_random_seed(config.seed)
@@ -152,6 +155,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "num_replicas": strategy.num_replicas_in_sync,
         "parameters": model.count_parameters(),
         **compat.versions(),
+        "processor": processor_name(),
+        "code": code,
         "ops_implementation": library.choose(),
         "history_file": "history.csv",
     }
