@@ -52,7 +52,7 @@ def prepare(folder: Path, setting: str, fixed: bool):
         data.cases,
         folder / f"cache{channels}",
         num_modalities=channels,
-        max_label=regions.max_label,
+        labels=data.labels,
     )
     config = TrainConfig()
     batches = training_batches(

@@ -41,10 +41,10 @@ def test_presets_are_valid():
 
 def test_sizes():
     exclusive = Regions.exclusive(["a", "b", "c"])
-    assert (exclusive.head_sizes, exclusive.num_outputs, exclusive.max_label) == ((4,), 4, 3)
-    assert (BRATS.head_sizes, BRATS.num_outputs, BRATS.max_label) == ((2, 2, 2), 6, 3)
+    assert (exclusive.head_sizes, exclusive.num_outputs) == ((4,), 4)
+    assert (BRATS.head_sizes, BRATS.num_outputs) == ((2, 2, 2), 6)
     sparse = Regions.parse("whole=1,4;core=4")
-    assert (sparse.num_outputs, sparse.max_label) == (4, 4)
+    assert sparse.num_outputs == 4
 
 
 def test_masks_of_exclusive_regions():

@@ -128,11 +128,6 @@ class Regions:
         return sum(self.head_sizes)
 
     @property
-    def max_label(self) -> int:
-        """The highest label value that may occur."""
-        return max(max(values) for values in self.members)
-
-    @property
     def own_labels(self) -> tuple[int, ...]:
         """The label that a label map shows where a region, and no smaller one, is."""
         smaller = (*self.members[1:], ()) if self.nested else ((),) * len(self.members)

@@ -26,8 +26,8 @@ _ALLOW_ROOT = flags.DEFINE_string(
 
 
 def _check() -> None:
-    max_label = Regions.parse(_REGIONS.value).max_label if _REGIONS.value else None
-    findings = check_data_folder(_DATA_DIR.value, max_label=max_label, allow_root=_ALLOW_ROOT.value)
+    regions = Regions.parse(_REGIONS.value) if _REGIONS.value else None
+    findings = check_data_folder(_DATA_DIR.value, regions=regions, allow_root=_ALLOW_ROOT.value)
     for text in findings.warnings:
         print(f"warning: {text}")
     print(

@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags
 
 from tfmtseg.console import report_problems
-from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.cases import data_name
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings
 from tfmtseg.training.run import train
 from tfmtseg.training.strategy import WorkerLost
@@ -50,8 +50,7 @@ def _read_config() -> TrainConfig:
     }
     origin = _CONFIG_FILE.value
     if origin is None and chosen.get("data_dir"):
-        folder = read_data_folder(chosen["data_dir"], chosen.get("allow_root"))
-        origin = find_preset(folder.name)
+        origin = find_preset(data_name(chosen["data_dir"], chosen.get("allow_root")))
         if origin is not None:
             print(f"Settings: {origin} (made for this data set; flags win)")
     settings = read_settings(origin) if origin is not None else {}

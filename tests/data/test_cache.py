@@ -24,10 +24,8 @@ def cases(folder):
 
 @pytest.fixture
 def build(tmp_path):
-    def run(cases, num_modalities=1, max_label=2):
-        return build_cache(
-            cases, tmp_path / "cache", num_modalities=num_modalities, max_label=max_label
-        )
+    def run(cases, num_modalities=1, labels=range(3)):
+        return build_cache(cases, tmp_path / "cache", num_modalities=num_modalities, labels=labels)
 
     return run
 
@@ -184,7 +182,7 @@ class TestReuse:
     def test_changed_settings_are_checked_anew(self, cases, build):
         build(cases)
         with pytest.raises(InputErrors, match=r"label value is 2 .* 0\.\.1"):
-            build(cases, max_label=1)
+            build(cases, labels=range(2))
         with pytest.raises(InputErrors, match="number of channels is 1, must be 2"):
             build(cases, num_modalities=2)
 

@@ -263,6 +263,36 @@ class TestNnunet:
             ("whole", "core", "enhancing"), ((1, 2, 3), (2, 3), (3,)), nested=True
         )
 
+    def test_names_of_modalities(self, root):
+        found = read_data_folder(root)
+        found.check_modalities(("t1", "T2"), "RUN")
+        with pytest.raises(InputError, match="modalities is T1, T2, must be T2, T1, as in RUN"):
+            found.check_modalities(("T2", "T1"), "RUN")
+
+    def test_regions_that_are_chosen(self, root):
+        self.describe(root, {"background": 0, "a": 1, "b": 2, "d": 4})
+        assert "without a gap" in problems(root)[0]
+        found = read_data_folder(root, regions=Regions.parse("whole=1,2,4;core=4"))
+        assert found.regions == Regions(("whole", "core"), ((1, 2, 4), (4,)), nested=True)
+        assert found.labels == (0, 1, 2, 4)
+
+    def test_a_label_of_voxels_to_ignore(self, root):
+        self.describe(root, {"background": 0, "core": 1, "ignore": 2})
+        (text,) = problems(root)
+        assert "must be without 'ignore'" in text
+
+    def test_regions_that_are_not_nested(self, root):
+        self.describe(root, {"background": 0, "whole": [1, 2], "other": [3, 4]})
+        (text,) = problems(root)
+        assert "'labels' is (3, 4) for region other, must be a proper part of (1, 2)" in text
+
+    def test_one_mistake_is_told_once(self, root):
+        description = json.loads((root / "dataset.json").read_text())
+        description["channel_names"] = ["T1", "T2"]
+        (root / "dataset.json").write_text(json.dumps(description))
+        (text,) = problems(root)
+        assert "'channel_names' is" in text
+
     def test_missing_partners(self, root):
         (root / "labelsTr/b.nii.gz").touch()
         (root / "imagesTr/c_0000.nii.gz").touch()
@@ -294,9 +324,19 @@ class TestPlain:
         assert [len(case.images) for case in found.cases] == [2, 2]
         assert len(found.modalities) == 2
 
-    def test_missing_modality(self, tmp_path):
-        self.touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz")
-        assert "files per case is [1, 2]" in problems(tmp_path)[0]
+    @pytest.mark.parametrize("channels", ["0", "02", "013"])
+    def test_other_modalities(self, tmp_path, channels):
+        """Not only their number counts: the third would be taken for the second."""
+        self.touch(tmp_path, *(f"a_000{i}.nii.gz" for i in "01"))
+        self.touch(tmp_path, *(f"b_000{i}.nii.gz" for i in channels))
+        texts = problems(tmp_path)
+        found = ", ".join(channels)
+        assert any(f"case b is of the channels [{found}], must be" in text for text in texts)
+
+    def test_cases_that_count_like_channels(self, tmp_path):
+        self.touch(tmp_path, *(f"patient_000{i}.nii.gz" for i in (0, 1, 3)))
+        (text,) = problems(tmp_path)
+        assert "rename files that are no channels of patient" in text
 
     def test_one_name_twice(self, tmp_path):
         self.touch(tmp_path, "a.nii", "a.nii.gz")

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 
 from tfmtseg.data.check import check_data_folder
+from tfmtseg.regions import Regions
 
 
 def test_a_sound_folder(folder):
@@ -50,11 +51,30 @@ def test_copies_and_odd_spacing(folder):
     assert "b.nii.gz: voxel size 1 x 1 x 6 mm" in spacing
 
 
-def test_max_label(folder):
-    folder.case("a")
-    root = folder.write()
-    (error,) = check_data_folder(root, max_label=1).errors
+def test_labels_that_are_not_declared(folder):
+    folder.case("a")  # of the labels 0, 1, 2
+    folder.description["labels"] = {"0": "background", "1": "a"}
+    (error,) = check_data_folder(folder.write()).errors
     assert "an integer in 0..1" in str(error)
+
+
+def test_regions_of_labels_with_a_gap(folder):
+    """As of BraTS: 1, 2 and 4."""
+    label = np.zeros((10, 9, 8), np.uint8)
+    label[2:6, 2:6, 2:6] = 2
+    label[3:5, 3:5, 3:5] = 4
+    folder.case("a")
+    folder.save("labelsTr/a.nii.gz", label)
+    folder.description["labels"] = {"0": "background", "1": "core", "2": "oedema", "4": "enhancing"}
+    root = folder.write()
+    assert "without a gap" in str(check_data_folder(root).errors[0])
+    assert check_data_folder(root, regions=Regions.parse("brats_124")).errors == ()
+    (error,) = check_data_folder(root, regions=Regions.parse("brats_msd")).errors
+    assert "must be declaring 3, of the regions to segment" in str(error)
+    label[0, 0, 0] = 3
+    folder.save("labelsTr/a.nii.gz", label)
+    (error,) = check_data_folder(root, regions=Regions.parse("brats_124")).errors
+    assert "label value is 3 in 1 voxels, must be one of 0, 1, 2, 4" in str(error)
 
 
 def test_real_broken_cases(folder, shared_data):

@@ -54,7 +54,7 @@ class TestGeometry:
         image = save(tmp_path / "i.nii.gz", random_image(), AFFINES[name], kind)
         label = save(tmp_path / "l.nii.gz", random_label(), AFFINES[name], kind)
         volume = nifti.read_image([image])
-        read = nifti.read_label(label, max_label=2, like=volume.geometry, image=image)
+        read = nifti.read_label(label, labels=range(3), like=volume.geometry, image=image)
 
         # the oracle for RAS+ is nibabel's own reorientation
         canonical = nib.as_closest_canonical(nib.load(image))
@@ -217,9 +217,9 @@ class TestLabel:
     def image(self, tmp_path):
         return save(tmp_path / "i.nii.gz", random_image())
 
-    def read(self, path, image, max_label=2):
+    def read(self, path, image, labels=range(3)):
         geometry = nifti.read_geometry(image)
-        return nifti.read_label(path, max_label=max_label, like=geometry, image=image)
+        return nifti.read_label(path, labels=labels, like=geometry, image=image)
 
     def test_other_axis_order_in_the_same_space(self, tmp_path, image):
         flipped = RAS.copy()
@@ -238,6 +238,15 @@ class TestLabel:
         path = save(tmp_path / "l.nii.gz", label)
         with pytest.raises(InputError, match=f"{words}.*an integer in 0..2"):
             self.read(path, image)
+
+    def test_values_with_a_gap(self, tmp_path, image):
+        label = np.where(random_label() == 2, 4, random_label()).astype(np.uint8)
+        path = save(tmp_path / "l.nii.gz", label)
+        np.testing.assert_array_equal(self.read(path, image, (0, 1, 4)), label)
+        label[0, 0, 0] = 3
+        save(path, label)
+        with pytest.raises(InputError, match="label value is 3 in 1 voxels, must be one of 0, 1, "):
+            self.read(path, image, (0, 1, 4))
 
     def test_almost_integers_are_rounded(self, tmp_path, image):
         path = save(tmp_path / "l.nii.gz", random_label().astype(np.float32) * (1 - 1e-6))

@@ -42,5 +42,5 @@ def test_data_folder(tmp_path):
     image, label = make_phantom((5, 2), (24, 26, 28))
     volume = read_image(case.images, num_modalities=4)
     np.testing.assert_array_equal(volume.voxels, image)
-    read = read_label(case.label, max_label=3, like=volume.geometry, image=case.name)
+    read = read_label(case.label, labels=range(4), like=volume.geometry, image=case.name)
     np.testing.assert_array_equal(read, label)

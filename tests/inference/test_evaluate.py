@@ -242,6 +242,32 @@ def test_predict_never_writes_among_the_images(make_run, data, inside):
     assert {path: path.stat().st_mtime_ns for path in data.rglob("*")} == before
 
 
+def test_predict_never_writes_where_links_lead(make_run, data, tmp_path):
+    selection = tmp_path / "selection"
+    selection.mkdir()
+    (selection / "half.nii.gz").symlink_to(data / "imagesTr/half.nii.gz")
+    before = (data / "imagesTr/half.nii.gz").read_bytes()
+    with pytest.raises(InputError, match="output folder is a folder that links"):
+        predict_folder(make_run(), selection, data / "imagesTr", allow_root=data)
+    assert (data / "imagesTr/half.nii.gz").read_bytes() == before
+    assert len(predict_folder(make_run("other"), selection, tmp_path / "out", allow_root=data)) == 1
+
+
+def test_predict_compares_the_names_of_modalities(make_run, data, tmp_path, monkeypatch):
+    model = make_run()
+    load = predict_module.load_run
+
+    def of_another(model_dir):
+        run = load(model_dir)
+        run.modalities = ("CT",)
+        return run
+
+    monkeypatch.setattr(predict_module, "load_run", of_another)
+    with pytest.raises(InputError, match=r"dataset.json: modalities is MRI, must be CT, as in"):
+        predict_folder(model, data, tmp_path / "out")
+    assert len(predict_folder(model, data / "imagesTr", tmp_path / "out")) == 3  # no names
+
+
 def test_predict_lists_bad_headers_before_the_first_prediction(make_run, data, tmp_path):
     for name in ("half", "train"):
         (data / f"imagesTr/{name}.nii.gz").write_bytes(b"")

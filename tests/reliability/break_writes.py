@@ -89,7 +89,7 @@ def make_targets(folder: Path, random: np.random.Generator) -> dict[str, Target]
         cases.append(Case("case", (image,), label))
 
     def cache(version: int):
-        return build_cache([cases[version]], folders[0], num_modalities=1, max_label=2)[0]
+        return build_cache([cases[version]], folders[0], num_modalities=1, labels=range(3))[0]
 
     images = [np.array(cache(version).image) for version in (0, 1)]
 

@@ -25,7 +25,7 @@ KINDS = ("bit flipped", "file cut", "file missing", "other settings")
 
 
 def build(case: Case, directory: Path) -> Record:
-    return build_cache([case], directory, num_modalities=4, max_label=3)[0]
+    return build_cache([case], directory, num_modalities=4, labels=range(4))[0]
 
 
 def content(record: Record) -> dict[str, np.ndarray]:

@@ -143,7 +143,7 @@ def doors(
 
 def read_forged_cache(bomb: Path, folder: Path, case: Case) -> Record:
     """A case from a cache that holds `bomb` with its right checksum."""
-    record = build_cache([case], folder, num_modalities=len(MODALITIES), max_label=3)[0]
+    record = build_cache([case], folder, num_modalities=len(MODALITIES), labels=range(4))[0]
     array, entry = (folder / f"{case.name}.image.{ending}" for ending in ("npy", "json"))
     before = zlib.crc32(array.read_bytes())
     shutil.copy(bomb, array)
@@ -153,7 +153,7 @@ def read_forged_cache(bomb: Path, folder: Path, case: Case) -> Record:
     stored["checksum"] = zlib.crc32(json.dumps(stored["entry"], sort_keys=True).encode())
     entry.write_text(json.dumps(stored))
     inode = array.stat().st_ino
-    record = build_cache([case], folder, num_modalities=len(MODALITIES), max_label=3)[0]
+    record = build_cache([case], folder, num_modalities=len(MODALITIES), labels=range(4))[0]
     assert array.stat().st_ino == inode  # or the forgery was not good enough
     return record.image
 

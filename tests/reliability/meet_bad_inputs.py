@@ -34,7 +34,7 @@ def read(files: list[Path]) -> tuple[str, str]:
             volume = read_image(files[:1], num_modalities=1)
             normalize(volume.voxels, files[0])
             for label in files[1:]:
-                read_label(label, max_label=2, like=volume.geometry, image=files[0])
+                read_label(label, labels=range(3), like=volume.geometry, image=files[0])
         except InputError as error:
             errors.append(str(error))
     odd = [str(item.message) for item in caught]

@@ -173,7 +173,7 @@ def uses_the_sform(files: list[Path], folder: Path) -> None:
 
 def is_the_label(files: list[Path], folder: Path) -> None:
     image = read_image(files[:1])
-    label = read_label(files[1], max_label=2, like=image.geometry, image=files[0])
+    label = read_label(files[1], labels=range(3), like=image.geometry, image=files[0])
     background_only = "background" in files[0].parent.name
     np.testing.assert_array_equal(label, label_of_the_corpus() * (not background_only))
 

@@ -59,7 +59,10 @@ def test_all_problems_exit_status_2_and_nothing_written(data_dir, tmp_path):
 
 def test_regions(data_dir):
     assert check(f"--data_dir={data_dir}", "--regions=brats_msd").returncode == 0
-    assert check(f"--data_dir={data_dir}", "--regions=core=1,2;inner=1").returncode == 2
+    assert check(f"--data_dir={data_dir}", "--regions=core=1,2;inner=1").returncode == 0
+    result = check(f"--data_dir={data_dir}", "--regions=core=1,4;inner=1")
+    assert result.returncode == 2
+    assert "must be declaring 4, of the regions to segment" in result.stderr
     result = check(f"--data_dir={data_dir}", "--regions=nonsense")
     assert result.returncode == 2
     assert "--regions: value is 'nonsense'" in result.stderr

@@ -87,7 +87,7 @@ class Record:
 
 
 def build_cache(
-    cases: Sequence[Case], directory: Path, *, num_modalities: int, max_label: int
+    cases: Sequence[Case], directory: Path, *, num_modalities: int, labels: Sequence[int]
 ) -> list[Record]:
     """Brings the cache of `cases` up to date.
 
@@ -98,7 +98,7 @@ def build_cache(
         cases: With their labels only where these may be used.
         directory: The cache's folder; created when missing.
         num_modalities: Channels that every image must have.
-        max_label: The highest label value that may occur.
+        labels: The label values that may occur.
 
     Returns:
         One record per case, in order.
@@ -110,7 +110,7 @@ def build_cache(
     errors: list[InputError] = []
     for case in tqdm(cases, desc="Preparing cases", unit="case"):
         try:
-            records.append(_refresh(case, directory, num_modalities, max_label))
+            records.append(_refresh(case, directory, num_modalities, labels))
         except InputError as error:
             errors.append(error)
     if errors:
@@ -125,7 +125,7 @@ def _files(record: Record) -> list[Path]:
     return [record._path(ending) for ending in endings]
 
 
-def _refresh(case: Case, directory: Path, num_modalities: int, max_label: int) -> Record:
+def _refresh(case: Case, directory: Path, num_modalities: int, labels: Sequence[int]) -> Record:
     """The record of a case, its entries rebuilt where they are missing or stale."""
     entry = _entry(
         directory / f"{case.name}.image.json",
@@ -139,12 +139,12 @@ def _refresh(case: Case, directory: Path, num_modalities: int, max_label: int) -
         _entry(
             directory / f"{case.name}.label.json",
             {
-                "max_label": max_label,
+                "labels": list(labels),
                 "geometry": entry["geometry"],
                 "foreground_voxels": FOREGROUND_VOXELS,
             },
             (label,),
-            lambda: _build_label(case, label, directory, geometry, max_label),
+            lambda: _build_label(case, label, directory, geometry, labels),
         )
     return Record(
         name=case.name,
@@ -250,9 +250,9 @@ def _build_image(case: Case, directory: Path, num_modalities: int) -> dict[str, 
 
 
 def _build_label(
-    case: Case, path: Path, directory: Path, geometry: Geometry, max_label: int
+    case: Case, path: Path, directory: Path, geometry: Geometry, labels: Sequence[int]
 ) -> dict[str, Any]:
-    label = read_label(path, max_label=max_label, like=geometry, image=case.images[0])
+    label = read_label(path, labels=labels, like=geometry, image=case.images[0])
     foreground = foreground_voxels(label, seed=zlib.crc32(case.name.encode()))
     return {
         "files": {

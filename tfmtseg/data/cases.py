@@ -63,7 +63,9 @@ class DataFolder:
         name: What its `dataset.json` calls the data; empty without one.
         modalities: Names of the channels, in order. Empty for a plain folder with
             one file per case, which does not say them.
-        regions: What the label values mean; `None` for a plain folder.
+        regions: What is segmented; `None` for a plain folder, which does not say it.
+        labels: The label values that `dataset.json` declares, background included, in
+            order; none for a plain folder.
         cases: For training, with or without a label, sorted by name.
         test_cases: Those listed for testing (without labels), sorted by name.
     """
@@ -72,18 +74,43 @@ class DataFolder:
     name: str
     modalities: tuple[str, ...]
     regions: Regions | None
+    labels: tuple[int, ...]
     cases: tuple[Case, ...]
     test_cases: tuple[Case, ...] = ()
 
+    def check_modalities(self, expected: Sequence[str], of: object) -> None:
+        """Makes sure that a network's input channels mean the same here.
+
+        Args:
+            expected: Names of the modalities in the network's order; capitals do not count.
+            of: Where they come from, for the message.
+
+        Raises:
+            InputError: If `dataset.json` names others, or has another order. A plain folder
+                has no names to compare.
+        """
+        if not self.labels:
+            return
+        if [name.casefold() for name in self.modalities] != [name.casefold() for name in expected]:
+            raise InputError(
+                self.root / "dataset.json", "modalities", ", ".join(self.modalities),
+                f"{', '.join(expected)}, as in {of}",
+                "bring the files into that order, or correct the names",
+            )  # fmt: skip
+
 
 def read_data_folder(
-    root: str | os.PathLike[str], allow_root: str | os.PathLike[str] | None = None
+    root: str | os.PathLike[str],
+    allow_root: str | os.PathLike[str] | None = None,
+    regions: Regions | None = None,
 ) -> DataFolder:
     """Reads the structure of a data folder.
 
     Args:
         root: The folder.
         allow_root: Another folder that links in it may lead into.
+        regions: What is segmented, of labels that `dataset.json` declares. By default each
+            label by itself, or the regions it declares.
 
     Raises:
         InputErrors: With everything that is wrong with the structure.
@@ -91,14 +118,26 @@ def read_data_folder(
     Warns:
         InputWarning: If something is odd but clear enough to go on.
     """
-    folder, errors = scan_data_folder(root, allow_root)
+    folder, errors = scan_data_folder(root, allow_root, regions)
     if folder is None or errors:
         raise InputErrors(errors)
     return folder
 
 
-def scan_data_folder(
+def data_name(
     root: str | os.PathLike[str], allow_root: str | os.PathLike[str] | None = None
+) -> str:
+    """What a data folder's `dataset.json` calls the data; empty where nothing does."""
+    with warnings.catch_warnings():  # whoever reads the folder is told
+        warnings.simplefilter("ignore", InputWarning)
+        folder, _ = scan_data_folder(root, allow_root)
+    return folder.name if folder else ""
+
+
+def scan_data_folder(
+    root: str | os.PathLike[str],
+    allow_root: str | os.PathLike[str] | None = None,
+    regions: Regions | None = None,
 ) -> tuple[DataFolder | None, list[InputError]]:
     """Like `read_data_folder`, but returns what is sound beside what is not.
 
@@ -114,10 +153,10 @@ def scan_data_folder(
             )
         description_file = data_root.path / "dataset.json"
         if not (description_file.is_symlink() or description_file.exists()):
-            return _scan_plain(data_root)
+            return _scan_plain(data_root, regions)
         description = _Description(description_file, _read_json(data_root, description_file))
         scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
-        return scan(data_root, description), description.errors
+        return scan(data_root, description, regions), description.errors
     except InputError as error:
         return None, [error]
     except OSError as error:
@@ -287,31 +326,58 @@ def _read_numbered(description: _Description, key: str) -> tuple[str, ...]:
     return tuple(str(names[str(i)]) for i in range(len(names)) if str(i) in names)
 
 
-def _read_regions(description: _Description) -> Regions | None:
-    """Regions from `{"0": "background", "1": "a"}` or `{"background": 0, "a": 1}`.
+def _read_regions(
+    description: _Description, regions: Regions | None
+) -> tuple[Regions | None, tuple[int, ...]]:
+    """What is segmented, and the label values that are declared; nothing and a problem if bad.
 
-    Lists of values, `{"core": [2, 3]}`, are nested regions as of nnU-Net.
+    Labels are `{"0": "background", "1": "a"}` or `{"background": 0, "a": 1}`. Lists of
+    values, `{"core": [2, 3]}`, are nested regions as of nnU-Net.
+
+    Args:
+        description: The `dataset.json`.
+        regions: What is segmented; by default what is declared.
     """
     labels = description.entry("labels", dict, 'an object like {"0": "background", "1": "core"}')
     if not labels:
-        return None
+        return None, ()
+
+    def refuse(rule: str, fix: str, value: str = _shown(labels)) -> tuple[None, tuple[()]]:
+        description.problem("'labels'", value, rule, fix)
+        return None, ()
+
+    without_gap = "background 0 and labels 1, 2, ... without a gap"
+    renumber = "renumber the labels, in the files too, or name the regions to segment (--regions)"
     try:
         values = _label_values(labels)
-        if any(len(members) > 1 for members in values.values()):
-            return _nested_regions(values)
-        numbers = [members[0] for members in values.values()]
-        if sorted(numbers) != list(range(len(labels))) or len(labels) < 2:
-            raise ValueError
-        by_number = {members[0]: name for name, members in values.items()}
-        return Regions.exclusive([by_number[number] for number in range(1, len(labels))])
-    except InputError as error:
-        description.problem("'labels'", _shown(labels), error.rule, error.fix)
     except ValueError:
-        description.problem(
-            "'labels'", _shown(labels), "background 0 and labels 1, 2, ... without a gap",
-            "renumber the labels, in the files too",
-        )  # fmt: skip
-    return None
+        return refuse(without_gap, renumber)
+    declared = sorted({0}.union(*values.values()))
+    if "ignore" in values:
+        return refuse(
+            "without 'ignore' (every voxel counts here)", "label these voxels, or drop the cases"
+        )
+    if regions is not None:
+        unknown = sorted(set().union(*regions.members) - set(declared))
+        if unknown:
+            return refuse(
+                f"declaring {', '.join(map(str, unknown))}, of the regions to segment",
+                "correct --regions, or this entry",
+            )
+    elif any(len(members) > 1 for members in values.values()):
+        try:
+            regions = _nested_regions(values)
+        except InputError as error:
+            return refuse(error.rule, error.fix, f"{error.value} for {error.file}")
+    else:
+        by_number = {members[0]: name for name, members in values.items()}
+        if sorted(by_number) != list(range(len(labels))) or len(labels) < 2:
+            return refuse(without_gap, renumber)
+        try:
+            regions = Regions.exclusive([by_number[i] for i in range(1, len(labels))])
+        except InputError as error:
+            return refuse(error.rule, error.fix)
+    return regions, tuple(declared)
 
 
 def _label_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -342,9 +408,9 @@ def _nested_regions(values: Mapping[str, tuple[int, ...]]) -> Regions:
 # ---------------------------------------------------------- Decathlon (MSD) layout
 
 
-def _scan_decathlon(root: _Root, description: _Description) -> DataFolder:
+def _scan_decathlon(root: _Root, description: _Description, regions: Regions | None) -> DataFolder:
     modalities = _read_numbered(description, "modality")
-    regions = _read_regions(description)
+    regions, labels = _read_regions(description, regions)
     training = description.entry("training", list, "a list of cases with an image and a label")
     test = description.content.get("test", [])
     if not isinstance(test, list):
@@ -371,6 +437,7 @@ def _scan_decathlon(root: _Root, description: _Description) -> DataFolder:
         str(description.content.get("name", "")),
         modalities,
         regions,
+        labels,
         _by_name(case for where, case in cases.items() if where.startswith("training")),
         _by_name(case.without_label() for where, case in cases.items() if where.startswith("test")),
     )
@@ -483,18 +550,20 @@ def _warn_about_swapped_labels(description: _Description, cases: Iterable[Case])
 # --------------------------------------------------------- nnU-Net and plain layout
 
 
-def _scan_nnunet(root: _Root, description: _Description) -> DataFolder:
+def _scan_nnunet(root: _Root, description: _Description, regions: Regions | None) -> DataFolder:
     modalities = _read_numbered(description, "channel_names")
-    regions = _read_regions(description)
+    regions, labels = _read_regions(description, regions)
     suffix = description.content.get("file_ending")
     if suffix not in SUFFIXES:
         description.problem(
             "'file_ending'", _shown(suffix), "'.nii.gz' or '.nii'", "convert the files to NIfTI"
         )
-        return DataFolder(root.path, "", modalities, regions, ())
+        return DataFolder(root.path, "", modalities, regions, labels, ())
+    if not modalities:  # which has been told; the files cannot be grouped
+        return DataFolder(root.path, "", modalities, regions, labels, ())
     images = _group_modalities(root, description, "imagesTr", suffix, len(modalities))
-    labels = _files_by_stem(root, description, "labelsTr", suffix)
-    for name in sorted(set(images) ^ set(labels)):
+    label_maps = _files_by_stem(root, description, "labelsTr", suffix)
+    for name in sorted(set(images) ^ set(label_maps)):
         here, there = ("imagesTr", "labelsTr") if name in images else ("labelsTr", "imagesTr")
         description.problem(
             f"case {name}", f"in {here} only", f"in {there} too",
@@ -505,7 +574,9 @@ def _scan_nnunet(root: _Root, description: _Description) -> DataFolder:
         description.problem(
             f"case {name}", "in imagesTr and imagesTs", "in one of them", "remove or rename one"
         )
-    cases = [Case(name, files, labels[name]) for name, files in images.items() if name in labels]
+    cases = [
+        Case(name, files, label_maps[name]) for name, files in images.items() if name in label_maps
+    ]
     if not images:
         description.problem("imagesTr", "without images", "a folder with images", "add images")
     return DataFolder(
@@ -513,6 +584,7 @@ def _scan_nnunet(root: _Root, description: _Description) -> DataFolder:
         str(description.content.get("name", "")),
         modalities,
         regions,
+        labels,
         _by_name(cases),
         _by_name(Case(name, files) for name, files in test.items()),
     )
@@ -589,7 +661,7 @@ def _list_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Pat
     )
 
 
-def _scan_plain(root: _Root) -> tuple[DataFolder | None, list[InputError]]:
+def _scan_plain(root: _Root, regions: Regions | None) -> tuple[DataFolder | None, list[InputError]]:
     """Images side by side; `CASE_0000`, `CASE_0001`, ... are one case's modalities."""
     files, errors = _usable(root, _list_images(root.path))
     if not files and not errors:
@@ -599,11 +671,13 @@ def _scan_plain(root: _Root) -> tuple[DataFolder | None, list[InputError]]:
             "correct the path, or add the dataset.json",
         )  # fmt: skip
     stems = [_stem(path) for path in files]
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, dict[int, Path]] = {}  # by the number of the channel
     for stem, path in zip(stems, files, strict=True):
         match = _MODALITY_FILE.fullmatch(stem)
-        is_modality = match is not None and f"{match[1]}_0000" in stems
-        groups.setdefault(match[1] if match and is_modality else stem, []).append(path)
+        if match and f"{match[1]}_0000" in stems:
+            groups.setdefault(match[1], {})[int(match[2])] = path
+        else:
+            groups[stem] = {0: path}
     errors += [
         InputError(
             root.path, f"case {stem}", "there as .nii.gz and as .nii", "one file",
@@ -611,15 +685,19 @@ def _scan_plain(root: _Root) -> tuple[DataFolder | None, list[InputError]]:
         )
         for stem in _repeated(stems)
     ]  # fmt: skip
-    counts = {len(group) for group in groups.values()}
-    if len(counts) > 1 and not errors:
-        errors.append(
-            InputError(
-                root.path, "files per case", sorted(counts),
-                "the same number of modalities everywhere", "add the missing modalities' files",
-            )
-        )  # fmt: skip
-    most = max(counts, default=0)
+    most = 1 + max((max(group) for group in groups.values()), default=0)
+    errors += [
+        InputError(
+            root.path, f"case {name}", f"of the channels {sorted(group)}",
+            f"of the channels {list(range(most))}, like the other cases",
+            f"add the missing channel's file, or rename files that are no channels of {name}",
+        )
+        for name, group in groups.items()
+        if sorted(group) != list(range(most))
+    ]  # fmt: skip
     modalities = tuple(f"channel {i}" for i in range(most)) if most > 1 else ()
-    cases = _by_name(Case(name, tuple(group)) for name, group in groups.items())
-    return DataFolder(root.path, "", modalities, None, cases), errors
+    cases = _by_name(
+        Case(name, tuple(group[number] for number in sorted(group)))
+        for name, group in groups.items()
+    )
+    return DataFolder(root.path, "", modalities, regions, (), cases), errors

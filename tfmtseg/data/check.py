@@ -16,6 +16,7 @@ from tfmtseg.data.cases import Case, scan_data_folder
 from tfmtseg.data.nifti import Volume, read_geometry, read_image, read_label
 from tfmtseg.data.preprocess import normalize
 from tfmtseg.errors import InputError, InputWarning
+from tfmtseg.regions import Regions
 
 ODD_SPACING = 2.0  # times the median, or its inverse
 
@@ -47,7 +48,7 @@ class _Facts:
 def check_data_folder(
     root: str | os.PathLike[str],
     *,
-    max_label: int | None = None,
+    regions: Regions | None = None,
     allow_root: str | os.PathLike[str] | None = None,
 ) -> Findings:
     """Reads every image and every label of a data folder, and writes nothing.
@@ -57,8 +58,7 @@ def check_data_folder(
 
     Args:
         root: The data folder.
-        max_label: The highest label value that may occur. Defaults to the folder's
-            own list of labels.
+        regions: What will be segmented; by default what the folder declares.
         allow_root: Another folder that links in the data folder may lead into.
 
     Returns:
@@ -66,13 +66,12 @@ def check_data_folder(
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", InputWarning)
-        folder, errors = scan_data_folder(root, allow_root)
+        folder, errors = scan_data_folder(root, allow_root, regions)
         cases = folder.cases + folder.test_cases if folder else ()
         num_modalities = len(folder.modalities) or None if folder else None
-        if max_label is None and folder and folder.regions:
-            max_label = folder.regions.max_label
+        labels = folder.labels if folder else ()
         facts = [
-            _check_case(case, num_modalities, max_label, errors)
+            _check_case(case, num_modalities, labels, errors)
             for case in tqdm(cases, desc="Checking cases", unit="case")
         ]
         _warn_about_copies(Path(root), facts)
@@ -82,7 +81,7 @@ def check_data_folder(
 
 
 def _check_case(
-    case: Case, num_modalities: int | None, max_label: int | None, errors: list[InputError]
+    case: Case, num_modalities: int | None, labels: Sequence[int], errors: list[InputError]
 ) -> _Facts:
     """Reads one case; adds what is wrong to `errors`."""
     facts = _Facts(case)
@@ -94,11 +93,11 @@ def _check_case(
         normalize(volume.voxels, case.images[0])
     except InputError as error:
         errors.append(error)
-    if case.label is not None and max_label is not None:
+    if case.label is not None and labels:
         try:
             # Beside a bad image, the label is still checked for itself.
             like = volume.geometry if volume else read_geometry(case.label)
-            read_label(case.label, max_label=max_label, like=like, image=case.images[0])
+            read_label(case.label, labels=labels, like=like, image=case.images[0])
         except InputError as error:
             errors.append(error)
     return facts

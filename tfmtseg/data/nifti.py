@@ -210,12 +210,12 @@ def read_image(paths: Sequence[Path], *, num_modalities: int | None = None) -> V
     return Volume(voxels, geometry)
 
 
-def read_label(path: Path, *, max_label: int, like: Geometry, image: object) -> np.ndarray:
+def read_label(path: Path, *, labels: Sequence[int], like: Geometry, image: object) -> np.ndarray:
     """Reads the label map that belongs to an image.
 
     Args:
         path: The label map's file.
-        max_label: The highest label value that may occur.
+        labels: The label values that may occur, in 0..255.
         like: The image's geometry. The file's axes may be stored in another order,
             as long as its voxels lie at the same places.
         image: The image's name or path, for messages.
@@ -225,7 +225,7 @@ def read_label(path: Path, *, max_label: int, like: Geometry, image: object) -> 
 
     Raises:
         InputError: If the file cannot be used, lies elsewhere than the image, or
-            holds anything but integers from 0 to `max_label`.
+            holds other values.
 
     Warns:
         InputWarning: If there is only background.
@@ -239,18 +239,24 @@ def read_label(path: Path, *, max_label: int, like: Geometry, image: object) -> 
     _check_same_space(path, header.geometry, image, like)
     values = voxels[..., 0]
     rounded = np.rint(values)
-    wrong = (np.abs(values - rounded) > LABEL_TOLERANCE) | (rounded < 0) | (rounded > max_label)
+    wrong = (np.abs(values - rounded) > LABEL_TOLERANCE) | ~np.isin(rounded, labels)
     if wrong.any():
         found = np.unique(values[wrong])
         shown = ", ".join(f"{value:g}" for value in found[:5]) + (", ..." if found.size > 5 else "")
         raise InputError(
             path, "label value", f"{shown} in {np.count_nonzero(wrong)} voxels",
-            f"an integer in 0..{max_label}",
+            _values_text(labels),
             "correct the label map (resample it by nearest neighbour only) or the declared labels",
         )  # fmt: skip
     if not rounded.any():
         _warn(path, "every label is background, so the case teaches that nothing is there")
     return rounded.astype(np.uint8)
+
+
+def _values_text(labels: Sequence[int]) -> str:
+    if list(labels) == list(range(len(labels))):
+        return f"an integer in 0..{len(labels) - 1}"
+    return f"one of {', '.join(map(str, labels))}"
 
 
 def read_geometry(path: Path) -> Geometry:

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.cases import data_name
 from tfmtseg.errors import InputError
 from tfmtseg.files import write_text
 from tfmtseg.models.methods import METHODS
@@ -319,7 +319,7 @@ def read_base_settings(
     """
     origin: str | Path | None = config_file
     if not origin and data_dir:
-        origin = find_preset(read_data_folder(data_dir).name)
+        origin = find_preset(data_name(data_dir))
     values = read_settings(origin) if origin else {}
     TrainConfig.from_mapping(values, str(origin))  # names the file, should it be wrong
     shared = {name: value for name, value in values.items() if name not in OWN_SETTINGS}

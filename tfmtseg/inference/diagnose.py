@@ -65,7 +65,7 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
         [*labelled, *held_out, *unlabelled],
         Path(config.cache_dir or run.directory / "cache"),
         num_modalities=len(run.modalities),
-        max_label=run.regions.max_label,
+        labels=run.folder.labels,
     )
     training = [*records[: len(labelled)], *records[len(labelled) + len(held_out) :]]
     held_out_records = records[len(labelled) :][: len(held_out)]

@@ -194,9 +194,7 @@ def cases_of(run: Run, split: str) -> list[Case]:
 def _read_truth(run: Run, case: Case, geometry: Geometry) -> np.ndarray:
     """The label map of a case, which `cases_of` has made sure of."""
     assert case.label is not None
-    return read_label(
-        case.label, max_label=run.regions.max_label, like=geometry, image=case.images[0]
-    )
+    return read_label(case.label, labels=run.folder.labels, like=geometry, image=case.images[0])
 
 
 def _fit_shape_prior(run: Run, labelled: Sequence[Case]) -> ShapePrior:

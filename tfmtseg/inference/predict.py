@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from tfmtseg.data.cases import Case, read_data_folder
+from tfmtseg.data.cases import Case, DataFolder, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_label_map
 from tfmtseg.data.preprocess import Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors
@@ -52,19 +52,17 @@ def predict_folder(
 
     Raises:
         InputErrors: With everything that is wrong with the folder or the headers.
-        InputError: If `output_dir` lies in `images_dir`, where a label map could
-            replace an image, if an image cannot be used, or the memory is too little.
+        InputError: If `output_dir` lies in `images_dir`, or is where links in it lead: a
+            label map could replace an image there; if the images have other modalities
+            than the model or cannot be used, or the memory is too little.
     """
     images_dir, output_dir = Path(images_dir), Path(output_dir)
-    if output_dir.resolve().is_relative_to(images_dir.resolve()):
-        raise InputError(
-            output_dir, "output folder", "in the folder of images", "another folder",
-            "name a new folder",
-        )  # fmt: skip
     folder = read_data_folder(images_dir, allow_root)
+    _keep_off(folder, output_dir)
     cases = [case.without_label() for case in (*folder.cases, *folder.test_cases)]
     geometries = check_headers(cases)
     run = load_run(model_dir)
+    folder.check_modalities(run.modalities, model_dir)
     batch_size = windows_per_call(run, geometries, max_memory_gb)
     written = []
     for case in tqdm(cases, desc="Predicting", unit="case"):
@@ -72,6 +70,23 @@ def predict_folder(
         written.append(output_dir / f"{case.name}.nii.gz")
         write_label_map(written[-1], label_map, geometry)
     return written
+
+
+def _keep_off(folder: DataFolder, output_dir: Path) -> None:
+    """Refuses to write where files of `folder` are, be it by links."""
+    files = [
+        path
+        for case in (*folder.cases, *folder.test_cases)
+        for path in (*case.images, *([case.label] if case.label else []))
+    ]
+    output = output_dir.resolve()
+    if output.is_relative_to(folder.root.resolve()):
+        where = "in the folder of images"
+    elif output in {path.resolve().parent for path in files}:
+        where = "a folder that links among the images lead to"
+    else:
+        return
+    raise InputError(output_dir, "output folder", where, "another folder", "name a new folder")
 
 
 def predict_case(run: Run, case: Case, batch_size: int = 1) -> tuple[np.ndarray, Geometry]:

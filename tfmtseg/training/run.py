@@ -96,11 +96,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
     strategy = make_strategy(config)
     directory = Path(config.model_dir)
     keras.utils.set_random_seed(config.seed)
-    folder = read_data_folder(config.data_dir, config.allow_root)
-    regions = _regions(config, folder)
+    folder = _read_folder(config)
+    regions = folder.regions
+    assert regions is not None  # `_read_folder` has made sure
     further = _further_images(config, folder)
     splits = _split(config, folder, further)
-    labelled, unlabelled, development = _records(config, folder, regions, further, splits)
+    labelled, unlabelled, development = _records(config, folder, further, splits)
     config = _resolve(config, _training_geometries(folder, further, splits))
     config.check()
     result_file = directory / "result.json"
@@ -166,22 +167,24 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return result
 
 
-def _regions(config: TrainConfig, folder: DataFolder) -> Regions:
-    if config.regions:
-        return Regions.parse(config.regions)
+def _read_folder(config: TrainConfig) -> DataFolder:
+    regions = Regions.parse(config.regions) if config.regions else None
+    folder = read_data_folder(config.data_dir, config.allow_root, regions)
     if folder.regions is None:
         raise InputError(
             folder.root, "dataset.json", "missing", "there, naming modalities and labels",
             "add one (Decathlon or nnU-Net form); see the README",
         )  # fmt: skip
-    return folder.regions
+    return folder
 
 
 def _further_images(config: TrainConfig, folder: DataFolder) -> tuple[Case, ...]:
     """Cases of `unlabeled_dir`, whose labels, should it have any, are not used."""
     if not config.unlabeled_dir:
         return ()
-    cases = read_data_folder(config.unlabeled_dir, config.allow_root).cases
+    further = read_data_folder(config.unlabeled_dir, config.allow_root)
+    further.check_modalities(folder.modalities, folder.root)
+    cases = further.cases
     known = {case.name for case in folder.cases}
     twice = [case.name for case in cases if case.name in known]
     if twice:
@@ -220,7 +223,6 @@ def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> 
 def _records(
     config: TrainConfig,
     folder: DataFolder,
-    regions: Regions,
     further: Sequence[Case],
     splits: Splits,
 ) -> tuple[list[Record], list[Record], list[Record]]:
@@ -240,7 +242,7 @@ def _records(
         wanted,
         Path(config.cache_dir or Path(config.model_dir) / "cache"),
         num_modalities=len(folder.modalities),
-        max_label=regions.max_label,
+        labels=folder.labels,
     )
     labelled = records[: len(splits.labeled)]
     development = records[len(labelled) :][: len(splits.development)]
@@ -479,7 +481,9 @@ class Run:
     @cached_property
     def folder(self) -> DataFolder:
         """The data folder of the training; predictions do without it."""
-        return read_data_folder(self.config.data_dir, self.config.allow_root)
+        folder = _read_folder(self.config)
+        folder.check_modalities(self.modalities, self.directory)
+        return folder
 
     @cached_property
     def _forward(self) -> Any:
