@@ -21,6 +21,8 @@ CASES = {
     **{name: {"method": name} for name in METHODS},
     "sscpcseg classes": {"method": "sscpcseg", "contrastive_form": "classes"},
     "bcpcpcseg classes": {"method": "bcpcpcseg", "contrastive_form": "classes"},
+    "sscpcseg dense": {"method": "sscpcseg", "contrastive_form": "dense"},
+    "bcpcpcseg across": {"method": "bcpcpcseg", "contrastive_form": "dense_across"},
 }
 
 # Branches, by prefix, that learn nothing where no volume has a label.
@@ -100,6 +102,8 @@ def test_an_update_moves_what_it_should(model, labeled):
         assert logs["seg_loss"] == 0
         learns = getattr(model.branch, "prefix", None) not in NEED_LABELS
         expected = {"encoder", "branch"} if learns else set()
+        if learns and model.branch.decodes:
+            expected.add("decoder")
         assert (logs["loss"] > 0) == learns
     assert moved(before, parts(model)) == expected
 

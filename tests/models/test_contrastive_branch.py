@@ -308,7 +308,7 @@ def test_paper_form_samples_20_negatives_that_are_no_targets(monkeypatch):
     ("form", "grid"), [("repaired", (2, 2, 2)), ("repaired", (1, 1, 2)), ("paper", (1, 1, 1))]
 )
 def test_too_small_crops_are_refused(form, grid):
-    with pytest.raises(ValueError, match=r"crop: its grid of cubes is .* must have .*Fix:"):
+    with pytest.raises(ValueError, match=r"crop: grid of cubes is .* must be .*Fix:"):
         Bypass(crop_of(grid), form, random_codes(1, grid))()
 
 

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from tfmtseg.models import dense_branch
 from tfmtseg.models.dense_branch import DenseContrastiveBranch, view_shape
+from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops.seed import Seed
 
 THICK = ((2, 2, 1), (2, 2, 1), (2, 2, 2))  # 8, 8 and 2 in all
@@ -49,7 +50,9 @@ def rows_of(branch, images, seed, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
     )
     views = []
     branch(
-        tf.constant(images), describe=lambda x: views.append(x) or x, seed=Seed(tf.constant(seed))
+        tf.constant(images),
+        describe=lambda x, view: views.append(x) or x,
+        seed=Seed(tf.constant(seed)),
     )
     assert all(view.shape[1:4] == view_shape(CROP, THICK) for view in views)
     return *seen[0], [view.numpy()[0, 0, 0, 0] for view in views]
@@ -74,10 +77,27 @@ def test_moves_what_describes_and_projects():
     scale = tf.Variable([1.0, -2.0, 0.5])
     images = tf.constant(np.random.default_rng(1).normal(size=(2, *CROP, 3)), tf.float32)
     with tf.GradientTape() as tape:
-        result = branch(images, describe=lambda x: x * scale, seed=Seed(tf.constant([1, 2])))
+        result = branch(images, describe=lambda x, view: x * scale, seed=Seed(tf.constant([1, 2])))
         loss = tf.reduce_mean(result["loss"])
     for gradient in tape.gradient(loss, [scale, *branch.trainable_variables]):
         assert np.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_views_have_dropout_of_their_own(monkeypatch, dropout):
+    """A mask that both share would tell the place without a look at the image."""
+    seen = []
+    nothing = dict.fromkeys(DenseContrastiveBranch.shown, tf.zeros(()))
+    monkeypatch.setattr(dense_branch, "another_view", lambda images, seed: images)
+    monkeypatch.setattr(
+        dense_branch, "contrast", lambda queries, keys, *_: seen.append((queries, keys)) or nothing
+    )
+    model = Segmenter(1, "sscpcseg", contrastive_form="dense", width=8, dropout=dropout, seed=1)
+    images = np.random.default_rng(0).normal(size=(2, 8, 8, 16, 1))  # too small for offsets
+    batch = images.astype(np.float32), np.zeros(images.shape[:-1], np.uint8), np.ones(2, np.float32)
+    model._forward(tuple(map(tf.constant, batch)), training=True)
+    ((queries, keys),) = seen
+    assert np.array_equal(queries, keys) == (dropout == 0)
 
 
 def test_config_round_trip():

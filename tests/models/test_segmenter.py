@@ -399,3 +399,19 @@ def test_label_maps_may_have_a_channel_axis(model):
     assert one_step(restored, (images, labels[..., None], labeled))[0]["seg_loss"] == pytest.approx(
         plain, rel=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"method": "bcp"}, {"method": "cpcseg", "pretraining": True}], ids=str
+)
+def test_freezing_and_back(kwargs):
+    """What the method leaves as it is stays so."""
+    model = compiled(**kwargs)
+    before = list(map(id, model.trainable_weights))
+    model.trainable = False
+    assert model.trainable_weights == []
+    again = Segmenter.from_config(model.get_config())
+    again.build((None, *CROP, 1))
+    assert (again.name, again.trainable, again.trainable_weights) == (model.name, False, [])
+    model.trainable = True
+    assert list(map(id, model.trainable_weights)) == before

@@ -56,6 +56,12 @@ def test_dropout_keeps_the_mean():
     assert values.max() == pytest.approx(1 / 0.7, rel=1e-4)
 
 
+def test_fold_as_tensorflow():
+    folded = Seed(tf.constant(PAIR), 2).fold(3)
+    np.testing.assert_array_equal(folded.pair, tf.random.experimental.stateless_fold_in(PAIR, 3))
+    assert folded.first == 2
+
+
 def test_split_as_tensorflow():
     pairs = tf.random.experimental.stateless_split(PAIR, 3)
     for seed, pair in zip(Seed(tf.constant(PAIR), 7).split(3), pairs, strict=True):

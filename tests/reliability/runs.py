@@ -132,9 +132,8 @@ def checkpoint(model_dir: Path) -> dict[str, np.ndarray]:
 
 
 def step_of(saved: dict[str, np.ndarray]) -> int:
-    """Updates made before a checkpoint: the optimizer's one whole number of no axes."""
-    (step,) = (int(x) for x in saved.values() if x.ndim == 0 and x.dtype == np.int64)
-    return step
+    """Updates made before a checkpoint."""
+    return int(saved["step/.ATTRIBUTES/VARIABLE_VALUE"])
 
 
 def digest(model_dir: Path, broken_epochs: Sequence[int] = ()) -> str:
@@ -161,10 +160,11 @@ def digest(model_dir: Path, broken_epochs: Sequence[int] = ()) -> str:
 
 
 def numbers(prefix: str) -> dict[str, np.ndarray]:
-    """All numbers of a checkpoint but the count of saves."""
+    """All numbers of a checkpoint but the count of saves and the time spent."""
     reader = tf.train.load_checkpoint(prefix)
     names = [name for name in reader.get_variable_to_shape_map() if not name.startswith("_")]
-    return {name: reader.get_tensor(name) for name in names if "save_counter" not in name}
+    left_out = ("save_counter", "seconds")
+    return {name: reader.get_tensor(name) for name in names if not name.startswith(left_out)}
 
 
 def tail(log: Path) -> str:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
+import tensorflow as tf
 
-from tfmtseg.training.callbacks import COLOURS, History, overlay, tag
+from tfmtseg.compat import keras
+from tfmtseg.training import callbacks
+from tfmtseg.training.callbacks import COLOURS, Checkpoints, Clock, History, overlay, tag
 
 
 def test_tags():
@@ -30,10 +34,52 @@ def test_overlay_colours_truth_and_prediction_only_where_they_are():
 
 def test_history_goes_on_without_the_lines_a_break_left_behind(tmp_path):
     path = tmp_path / "history.csv"
-    history = History(path, 10, lambda step: 0.5)
+    history = History(path, 10, lambda step: 0.5, Clock())
     for epoch in range(3):
         history.on_epoch_end(epoch, {"loss": float(epoch)})
-    again = History(path, 10, lambda step: 0.5)
+    again = History(path, 10, lambda step: 0.5, Clock())
     again.on_epoch_end(1, {"loss": 7.0})
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [(row["step"], float(row["loss"])) for row in rows] == [("10", 0.0), ("20", 7.0)]
+
+
+def test_clock_leaves_out_breaks_and_the_graph_that_is_built_after_one(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(callbacks.time, "process_time", lambda: 2 * now[0])
+
+    def make_updates(clock: Clock, count: int, first: float) -> tuple[float, float]:
+        """The first takes longer; each other 1 second."""
+        now[0] += 1000
+        clock.on_train_begin()
+        for step in range(count):
+            now[0] += 1 if step else first
+            clock.on_train_batch_end(step)
+        return clock.read()
+
+    clock = Clock()
+    assert make_updates(clock, 3, first=20) == (22, 44)
+    again = Clock()
+    again.go_on(clock.read())
+    assert make_updates(again, 3, first=20) == (24, 48)
+    again.on_train_end()
+    assert make_updates(again, 2, first=1) == (26, 52)  # once more in the same process
+
+
+def test_steps_that_loss_scaling_leaves_out_are_counted(tmp_path):
+    """The optimizer does not count them, but the data go on by them."""
+
+    def stub() -> SimpleNamespace:
+        weight = tf.Variable(1.0)
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build([weight])
+        return SimpleNamespace(state=[weight], optimizer=optimizer)
+
+    checkpoints = Checkpoints(stub(), tmp_path)
+    assert checkpoints.restore() == 0
+    for step in range(5):
+        checkpoints.on_train_batch_end(step)
+    checkpoints.commit()
+    again = Checkpoints(stub(), tmp_path)
+    assert again.restore() == 5
+    assert int(again.state.optimizer[0]) == 0  # its count

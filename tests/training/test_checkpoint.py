@@ -15,11 +15,11 @@ from tfmtseg.training.checkpoint import initialize, load_model, write_model, wri
 MODALITIES = ("T1", "T2")
 
 
-def make(method: str = "cpcseg", seed: int = 0, **kwargs) -> Segmenter:
+def make(method: str = "cpcseg", seed: int = 0, crop: int = 16, **kwargs) -> Segmenter:
     keras.utils.set_random_seed(seed)
     arguments = {"regions": 2, "width": 8, "cube_size": 8, "predictor_blocks": 1}
     model = Segmenter(method=method, **{**arguments, **kwargs})
-    model.build((None, None, None, None, len(MODALITIES)))
+    model.build((None, crop, crop, crop, len(MODALITIES)))
     return model
 
 
@@ -39,6 +39,11 @@ def finished(directory: Path, model: Segmenter, modalities=MODALITIES) -> Path:
         ({}, {"method": "bcpcpcseg"}, ["encoder", "decoder", "head", "branch"]),
         ({"method": "encdec"}, {"method": "bcp", "regions": 3}, ["encoder", "decoder"]),
         ({}, {"pretraining": True}, ["encoder", "decoder", "head", "branch"]),
+        ({}, {"negatives": "case"}, ["encoder", "decoder", "head", "branch"]),
+        ({"method": "encdec"}, {"method": "boundseg"}, ["encoder", "decoder"]),
+        ({"method": "boundseg"}, {"method": "encdec"}, ["encoder", "decoder"]),
+        ({"method": "vaeseg"}, {"method": "vaeseg"}, ["encoder", "decoder", "head", "branch"]),
+        ({"method": "vaeseg"}, {"method": "ssvaeseg", "crop": 32}, ["encoder", "decoder", "head"]),
     ],
     ids=str,
 )

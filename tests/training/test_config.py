@@ -43,6 +43,14 @@ def test_defaults_pass_the_check():
         ("num_replicas", -1),
         ("optimizer", "sgd"),
         ("weight_averaging", "median"),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("foreground_probability", 33.0),
+        ("elastic_probability", -0.1),
+        ("blur_probability", 20.0),
+        ("noise", -1.0),
+        ("elastic_voxels", -3.0),
+        ("weight_decay", -0.001),
     ],
 )
 def test_bad_settings_are_named_with_a_mend(field, value):
@@ -82,8 +90,27 @@ def test_cubes_matter_to_the_contrastive_methods_alone():
         config.check()
     dataclasses.replace(config, method="encdec").check()
 
+    dataclasses.replace(config, contrastive_form="classes").check()
 
-@pytest.mark.parametrize(("field", "value"), [("method", "bcp"), ("unlabeled_per_step", 0)])
+
+@pytest.mark.parametrize(("form", "fits"), [("repaired", 32), ("paper", 24)])
+def test_a_grid_in_which_nothing_can_be_predicted(form, fits):
+    config = dataclasses.replace(GOOD, contrastive_form=form, cube_size=(16, 16, 16))
+    dataclasses.replace(config, crop=(fits,) * 3).check()
+    with pytest.raises(InputError, match=r"--crop: grid of cubes is .* must be .* such as encdec"):
+        dataclasses.replace(config, crop=(fits - 8,) * 3).check()
+
+
+def test_a_crop_without_room_for_two_views():
+    config = dataclasses.replace(GOOD, contrastive_form="dense", strides=((2, 2, 2),) * 3)
+    dataclasses.replace(config, crop=(24, 24, 32)).check()
+    with pytest.raises(InputError, match=r"--crop: .* 4 times the product of --strides"):
+        dataclasses.replace(config, crop=(24, 24, 24)).check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("method", "bcp"), ("unlabeled_per_step", 0), ("branch_weight", 0.0)]
+)
 def test_pretraining_needs_a_branch_and_unlabelled_patches(field, value):
     config = dataclasses.replace(GOOD, mode="pretrain")
     config.check()

@@ -21,6 +21,7 @@ from tfmtseg.inference.evaluate import evaluate
 from tfmtseg.inference.predict import predict_folder
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.training import run as run_module
+from tfmtseg.training.callbacks import History
 from tfmtseg.training.checkpoint import load_model
 from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.run import load_run, train
@@ -131,6 +132,30 @@ def test_a_folder_of_another_run_is_refused(opened, phantoms):
     run, _ = opened
     with pytest.raises(InputError, match="seed is 0, must be 5"):
         train(settings(phantoms, run.directory, seed=5))
+
+
+def test_a_run_does_not_go_on_with_other_data(opened, phantoms, tmp_path):
+    """A case that becomes a test case later would be tested on although it was trained on."""
+    run, _ = opened
+    copy = tmp_path / "run"
+    shutil.copytree(run.directory, copy)
+    config = settings(phantoms, copy)
+    train(config)
+    moved = dataclasses.replace(run.splits, test=run.splits.test[1:])
+    moved.write(copy / "splits")
+    with pytest.raises(InputError, match=f"splits/test.txt: case {run.splits.test[0]} is missing"):
+        train(config)
+    run.splits.write(copy / "splits")
+    turned = dataclasses.replace(run.splits, labeled=run.splits.labeled[::-1])
+    turned.write(copy / "splits")
+    with pytest.raises(InputError, match=r"splits/labeled\.txt: order is there, must be as"):
+        train(config)
+    run.splits.write(copy / "splits")
+    description = json.loads((copy / "model.json").read_text())
+    description["modalities"].reverse()
+    (copy / "model.json").write_text(json.dumps(description))
+    with pytest.raises(InputError, match=r"model\.json: modalities is"):
+        train(config)
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +273,23 @@ def test_training_starts_from_exactly_the_pretrained_weights(
     result = json.loads((tmp_path / "tuned" / "result.json").read_text())
     assert result["init_checkpoint"] == pretrained[0].model_dir
     assert result["initialized"] == ["encoder", "branch"]
+
+
+def test_a_run_goes_on_without_the_one_it_started_from(pretrained, phantoms, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    shutil.copytree(pretrained[0].model_dir, source)
+    config = settings(
+        phantoms, tmp_path / "run", method="encdec", init_checkpoint=str(source),
+        cache_dir=str(source / "cache"), num_development=0,
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "on_epoch_end", lambda self, epoch, logs=None: 1 / (1 - epoch))
+        with pytest.raises(ZeroDivisionError):  # after the first checkpoint
+            train(config)
+    shutil.rmtree(source)
+    with pytest.raises(InputError, match="run is missing"):
+        train(dataclasses.replace(config, model_dir=str(tmp_path / "new")))
+    assert train(config)["initialized"] == ["encoder"]
 
 
 def test_real_brain_tumours(shared_data, tmp_path):

@@ -93,6 +93,17 @@ def test_crops_and_cubes_by_hand(strides, median, crop, cube_size, grid):
     assert grid_shape(crop, cube_size) == grid
 
 
+@pytest.mark.parametrize(
+    ("crop", "edge"),
+    # Half of 32 divides neither 88 nor 72; half of 16 does. It does divide 96, but not 72.
+    [((88, 88, 88), 16), ((96, 96, 72), 16), ((96, 96, 64), 32), ((40, 40, 40), 16)],
+)
+def test_cubes_of_a_crop_that_was_asked_for(crop, edge):
+    cube_size = choose_cube(crop, ISOTROPIC)
+    assert cube_size == (edge,) * 3
+    grid_shape(crop, cube_size)  # raises if it does not fit
+
+
 def test_whatever_is_chosen_fits():
     random = np.random.default_rng(1)
     for _ in range(300):

@@ -43,8 +43,9 @@ class Batch:
         features: What the branch's own `features` gave for the latter, or None.
         segmented: The volumes with a label, and the mixed ones where there is a teacher;
             empty in pretraining.
-        encode: The encoder, with dropout as the training asks for. Takes further images,
-            how many there are for each volume if not one, and how many come before them.
+        encode: The encoder, with dropout as the training asks for. Takes further images;
+            how many there are for each volume, if not one; how many come before them; and
+            the number of the view, of several of one volume, if not the first.
         decode: The decoder: maps the encoder's levels to features of every voxel.
         seed: Everything random follows from it; its rows are the volumes that the branch
             learns from.

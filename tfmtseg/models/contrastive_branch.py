@@ -23,6 +23,9 @@ from tfmtseg.ops.seed import Seed
 PAPER_NEGATIVES = 20
 MIN_TEMPERATURE = 0.03
 DEFAULT_WEIGHTS = {"repaired": 0.1, "paper": 0.001}
+# Cubes along at least one axis: something to predict from, something to predict, and between
+# them in the repaired form what both would show.
+LEAST_CUBES = {"repaired": 3, "paper": 2}
 
 
 def grid_shape(crop: Sequence[int], cube_size: Sequence[int]) -> Factors:
@@ -45,6 +48,24 @@ def grid_shape(crop: Sequence[int], cube_size: Sequence[int]) -> Factors:
         )  # fmt: skip
     x, y, z = (1 if edge == size else size // (edge // 2) - 1 for size, edge in axes)
     return x, y, z
+
+
+def check_grid(grid: Factors, form: str) -> None:
+    """Makes sure that there is something to predict.
+
+    Args:
+        grid: Cubes along x, y, z.
+        form: Of the contrast, `"repaired"` or `"paper"`.
+
+    Raises:
+        InputError: If there are too few along every axis.
+    """
+    if max(grid) < LEAST_CUBES[form]:
+        raise InputError(
+            "--crop", "grid of cubes", grid,
+            f"{LEAST_CUBES[form]} or more along an axis ({form} contrast)",
+            "enlarge --crop, reduce --cube_size, or choose a method without cubes, such as encdec",
+        )  # fmt: skip
 
 
 def extract_cubes(images: tf.Tensor, cube_size: Sequence[int]) -> tf.Tensor:
@@ -197,14 +218,22 @@ class ContrastiveBranch(Branch):
     ) -> dict[str, tf.Tensor]:
         """See the class."""
         codes = self._codes(images, encode)
-        grid = grid_shape(images.shape[1:4], self.cube_size)
+        grid = self._grid(images)
         if self.form == "repaired":
             return self._repaired(codes, grid, real)
         return self._paper(codes, grid, Seed.fixed() if seed is None else seed)
 
+    def _grid(self, images: tf.Tensor) -> Factors:
+        try:
+            grid = grid_shape(images.shape[1:4], self.cube_size)
+            check_grid(grid, self.form)
+        except InputError as error:  # Keras raises a copy, which takes the message alone
+            raise ValueError(str(error)) from None
+        return grid
+
     def _last_level(self, batch: Batch) -> Callable[..., tf.Tensor]:
         """The encoder's last level of cubes of `batch.others`."""
-        cubes = math.prod(grid_shape(batch.others.shape[1:4], self.cube_size))
+        cubes = math.prod(self._grid(batch.others))
         return lambda images, first=0: batch.encode(images, cubes, first)[LEVELS[-1]]
 
     def _codes(self, images: tf.Tensor, encode: Callable[..., tf.Tensor]) -> tf.Tensor:
@@ -219,7 +248,7 @@ class ContrastiveBranch(Branch):
             codes = recompute_in_parts(mean_features, cubes, part_size, self.channels)
         else:
             codes = mean_features(cubes)
-        grid = grid_shape(images.shape[1:4], self.cube_size)
+        grid = self._grid(images)
         return tf.reshape(codes, (-1, *grid, self.channels))
 
     def _predict(self, context: tf.Tensor) -> tf.Tensor:
@@ -251,11 +280,6 @@ class ContrastiveBranch(Branch):
             # Both directions of an axis have one shape: one pass of the predictor.
             predictions = self._predict(tf.concat(contexts, 0))
             queries += tf.split(tf.reshape(predictions, (2 * cases, -1, self.channels)), 2)
-        if not queries:
-            raise ValueError(
-                f"crop: its grid of cubes is {grid}, must have 3 or more along an axis. "
-                "Fix: enlarge --crop or reduce --cube_size."
-            )
         return contrast(
             tf.concat(queries, 1),
             tf.reshape(codes, (-1, places.size, self.channels)),
@@ -266,12 +290,7 @@ class ContrastiveBranch(Branch):
         )
 
     def _paper(self, codes: tf.Tensor, grid: Factors, seed: Seed) -> dict[str, tf.Tensor]:
-        axis = max((i for i in range(3) if grid[i] >= 2), default=None)
-        if axis is None:
-            raise ValueError(
-                f"crop: its grid of cubes is {grid}, must have 2 or more along an axis for the "
-                "paper's form. Fix: enlarge --crop or reduce --cube_size."
-            )
+        axis = max(i for i in range(3) if grid[i] >= 2)
         half = grid[axis] // 2
 
         def layers(start: int, stop: int) -> tf.Tensor:

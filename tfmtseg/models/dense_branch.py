@@ -66,7 +66,8 @@ class DenseContrastiveBranch(Branch):
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`, spatial sizes known.
-        describe: Maps images to features of their voxels, `(batch, x, y, z, channels)`.
+        describe: Maps images and the number of the view, 0 or 1, to features of their
+            voxels, `(batch, x, y, z, channels)`.
         seed: A `Seed`. Defaults to a fixed one.
         real: See `contrast`.
 
@@ -130,7 +131,7 @@ class DenseContrastiveBranch(Branch):
     def call(
         self,
         images: tf.Tensor,
-        describe: Callable[[tf.Tensor], tf.Tensor],
+        describe: Callable[[tf.Tensor, int], tf.Tensor],
         seed: Seed | None = None,
         real: tf.Tensor | bool = True,
     ) -> dict[str, tf.Tensor]:
@@ -149,7 +150,7 @@ class DenseContrastiveBranch(Branch):
     def _views(
         self,
         images: tf.Tensor,
-        describe: Callable[[tf.Tensor], tf.Tensor],
+        describe: Callable[[tf.Tensor, int], tf.Tensor],
         seed: Seed | None,
     ) -> list[tf.Tensor]:
         """The places of both views, projected, `(batch, places, LENGTH)`."""
@@ -163,7 +164,7 @@ class DenseContrastiveBranch(Branch):
         places = []
         for i in range(2):
             view = _box(images, offsets[i], size)
-            features = describe(another_view(view, seeds[1 + i]))
+            features = describe(another_view(view, seeds[1 + i]), i)
             common = _box(features, start - offsets[i], np.subtract(size, room))
             places.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
         return places
@@ -185,8 +186,9 @@ class DenseContrastiveBranch(Branch):
         return {**super().get_config(), **config}
 
 
-def _decoded(batch: Batch) -> Callable[[tf.Tensor], tf.Tensor]:
-    return lambda views: batch.decode(batch.encode(views))
+def _decoded(batch: Batch) -> Callable[[tf.Tensor, int], tf.Tensor]:
+    # With one dropout mask for both, places could be told by it.
+    return lambda images, view: batch.decode(batch.encode(images, 1, 0, view))
 
 
 def _box(volumes: tf.Tensor, start: tf.Tensor, size: Sequence[int]) -> tf.Tensor:

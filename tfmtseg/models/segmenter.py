@@ -81,7 +81,7 @@ class Segmenter(compat.Model):
             contrast is dense.
         remat: Whether the gradient computes the features of encoder and decoder again,
             level by level, and the contrastive cubes in parts. It spares memory and
-            costs time; all but the dropout of the cubes is as without.
+            costs time; values and gradients are as without, but for rounding.
         seed: Seed of dropout, sampling and mixing. They depend on it and on the number
             of updates made, and on nothing else.
         **kwargs: As for every Keras model; `dtype="mixed_bfloat16"` or `"mixed_float16"`
@@ -251,15 +251,33 @@ class Segmenter(compat.Model):
         if self.branch is not None:
             channels += self.branch.feature_channels
         self.head.build((*shape[:-1], channels))
-        if self.pretraining:
-            self.decoder.trainable = self.branch is not None and self.branch.decodes
-            self.head.trainable = False
         if self.branch is not None:
             self.branch.build(input_shape)
         if self.teacher is not None:
             self.teacher.build(shape)
+        self._freeze()
         self._built_for = list(input_shape)
         self.built = True
+
+    @property
+    def trainable(self) -> bool:
+        """Whether updates move the model, but for what its method leaves as it is."""
+        return super().trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        keras.Model.trainable.fset(self, value)  # of all layers
+        if getattr(self, "built", False):  # Keras sets this before `__init__` is through
+            self._freeze()
+
+    def _freeze(self) -> None:
+        """Keeps updates off the teacher; in pretraining, off what the branch does not teach."""
+        if self.teacher is not None:
+            self.teacher.trainable = False
+        if self.pretraining:
+            self.head.trainable = False
+            if self.branch is None or not self.branch.decodes:
+                self.decoder.trainable = False
 
     def compile(self, optimizer: Any = "adam", loss: Any = None, **kwargs: Any) -> None:
         """Sets the optimizer.
@@ -345,11 +363,17 @@ class Segmenter(compat.Model):
             return self._seed(purpose, kind.first) if training else Seed.fixed(kind.first)
 
         def encode(
-            images: tf.Tensor, purpose: int, kind: _Kind, rows: int = 1, first: tf.Tensor | int = 0
+            images: tf.Tensor,
+            purpose: int,
+            kind: _Kind,
+            rows: int = 1,
+            first: tf.Tensor | int = 0,
+            view: int = 0,
         ) -> dict[str, tf.Tensor]:
             if not training:
                 return self.encoder(images)
-            return self.encoder(images, seed=seed(purpose, kind).per_row(rows).after(first))
+            dropout = seed(purpose, kind).per_row(rows).after(first)
+            return self.encoder(images, seed=dropout.fold(view) if view else dropout)
 
         weights = tf.cast(tf.boolean_mask(labeled, with_label.chosen), tf.float32)
         annotated = tf.boolean_mask(images, with_label.chosen)
@@ -395,7 +419,7 @@ class Segmenter(compat.Model):
                 levels=branch_levels,
                 features=features,
                 segmented=segmented,
-                encode=lambda further, rows=1, first=0: encode(further, 1, kind, rows, first),
+                encode=lambda further, *place: encode(further, 1, kind, *place),
                 decode=self.decoder,
                 seed=seed(2, kind),
                 training=training,
@@ -545,6 +569,8 @@ class Segmenter(compat.Model):
     def get_config(self) -> dict[str, Any]:
         """Arguments of this model, ready for JSON."""
         return {
+            "name": self.name,
+            "trainable": self.trainable,
             "regions": self.regions.get_config(),  # Keras 2 wraps dicts that are attributes
             "strides": [list(factors) for factors in self.encoder.strides],
             **self._arguments,

@@ -15,7 +15,11 @@ def another_view(images: tf.Tensor, seed: Seed) -> tf.Tensor:
     Args:
         images: Normalised, `(batch, x, y, z, modalities)`.
         seed: Everything random follows from it.
+
+    Returns:
+        float32, the same shape.
     """
+    images = tf.cast(images, tf.float32)  # Keras hands branches a mixed policy's half ones
     seeds = seed.split(3)
     shape = tf.shape(images)
     single = tf.stack([shape[0], 1, 1, 1, shape[4]])

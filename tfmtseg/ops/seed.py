@@ -38,6 +38,10 @@ class Seed:
         pairs = tf.unstack(tf.random.experimental.stateless_split(self.pair, count))
         return [Seed(pair, self.first) for pair in pairs]
 
+    def fold(self, number: int) -> Seed:
+        """Another independent seed for the same rows, as `stateless_fold_in` makes it."""
+        return Seed(tf.random.experimental.stateless_fold_in(self.pair, number), self.first)
+
     def per_row(self, rows: tf.Tensor | int) -> Seed:
         """The seed of arrays that have several rows for each of ours."""
         return Seed(self.pair, self.first * rows)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.files import write_text
 from tfmtseg.models.segmenter import Segmenter
-from tfmtseg.training.checkpoint import whole_or_not
+from tfmtseg.training.checkpoint import latest_checkpoint, whole_or_not
 
 # Label colours of overlays; a region's colour is the same everywhere in a run.
 COLOURS = np.array(
@@ -32,18 +33,20 @@ class Progress(keras.callbacks.Callback):
 
     Args:
         total_steps: Updates in all, those of earlier calls included.
+        first_step: Updates of earlier calls.
     """
 
-    def __init__(self, total_steps: int):
+    def __init__(self, total_steps: int, first_step: int):
         super().__init__()
         self.total_steps = total_steps
+        self.made = first_step
         self.bar: tqdm | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Opens the bar."""
         self.bar = tqdm(
             total=self.total_steps,
-            initial=int(compat.iterations(self.model.optimizer)),
+            initial=self.made,
             desc="Training",
             unit="step",
             # A file gets a line now and then, a terminal a live bar.
@@ -56,6 +59,7 @@ class Progress(keras.callbacks.Callback):
         if self.bar is not None:
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update()
+            self.made += 1
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Closes the bar, where one was opened."""
@@ -63,32 +67,70 @@ class Progress(keras.callbacks.Callback):
             self.bar.close()
 
 
+class Clock(keras.callbacks.Callback):
+    """Wall-clock and processor time (of all threads) of all updates that count.
+
+    Updates that a break undid do not count, and neither does the first one after a break:
+    TensorFlow builds its graph anew there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spent = np.zeros(2)
+        self.mark: np.ndarray | None = None  # of the last reading, while updates are made
+        self.after_break = False
+
+    def go_on(self, spent: Sequence[float]) -> None:
+        """Adds to what was read before a break."""
+        self.spent = np.array(spent, np.float64)
+        self.after_break = True
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Starts."""
+        self.mark = None if self.after_break else self._now()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Starts, after a break."""
+        if self.after_break:
+            self.mark, self.after_break = self._now(), False
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of both so far."""
+        now = self._now()
+        if self.mark is not None:
+            self.spent += now - self.mark
+            self.mark = now
+        return float(self.spent[0]), float(self.spent[1])
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Stops."""
+        self.read()
+        self.mark = None
+
+    def _now(self) -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
+
+
 class History(keras.callbacks.Callback):
     """Writes one line per virtual epoch to a CSV file; goes on where it stopped.
-
-    The columns `seconds` and `cpu_seconds` (of all threads) count from the first update,
-    without the time in which a run lay broken and what it lost by that.
 
     Args:
         path: The file.
         steps_per_epoch: Updates per line.
         schedule: Maps a step to its learning rate.
+        clock: For the columns `seconds` and `cpu_seconds`.
     """
 
-    def __init__(self, path: Path, steps_per_epoch: int, schedule: Any):
+    def __init__(self, path: Path, steps_per_epoch: int, schedule: Any, clock: Clock):
         super().__init__()
         self.path = path
         self.steps_per_epoch = steps_per_epoch
         self.schedule = schedule
+        self.clock = clock
         self.rows: list[dict[str, Any]] = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 self.rows = list(csv.DictReader(file))
-        self.clock = _Clock()
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Starts the clock."""
-        self.clock = _Clock()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds a line; lines of this and later epochs, left by a break, go."""
@@ -97,8 +139,7 @@ class History(keras.callbacks.Callback):
         values = {name: float(value) for name, value in sorted((logs or {}).items())}
         values.pop("learning_rate", None)
         rate = float(self.schedule(step - 1))
-        spent = zip(self.seconds, self.clock.lap(), strict=True)
-        seconds, cpu_seconds = (round(before + now, 2) for before, now in spent)
+        seconds, cpu_seconds = (round(spent, 2) for spent in self.clock.read())
         self.rows.append(
             {
                 "step": step,
@@ -113,24 +154,6 @@ class History(keras.callbacks.Callback):
         writer.writeheader()
         writer.writerows(self.rows)
         write_text(self.path, text.getvalue())
-
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """Wall-clock and processor time up to the last line."""
-        last = self.rows[-1] if self.rows else {"seconds": 0, "cpu_seconds": 0}
-        return float(last["seconds"]), float(last["cpu_seconds"])
-
-
-class _Clock:
-    """Wall-clock and processor time."""
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter(), time.process_time()
-
-    def lap(self) -> tuple[float, float]:
-        """Seconds of both since the last call, or since it was made."""
-        before, self._mark = self._mark, (time.perf_counter(), time.process_time())
-        return self._mark[0] - before[0], self._mark[1] - before[1]
 
 
 class TensorBoard(keras.callbacks.Callback):
@@ -222,12 +245,19 @@ class Checkpoints(keras.callbacks.Callback):
 
     def __init__(self, model: Segmenter, directory: Path, writes: bool = True):
         super().__init__()
-        self.optimizer = model.optimizer
         self.directory = directory
         self.writes = writes
+        self.clock = Clock()
+        # Not the optimizer's count, in which updates that loss scaling left out are missing.
+        self.step = 0
+        self._kept = {
+            "step": tf.Variable(0, dtype=tf.int64, trainable=False),
+            "seconds": tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False),
+        }
         self.state = tf.train.Checkpoint(
             model=compat.tensorflow_variables(model.state),
             optimizer=compat.tensorflow_variables(model.optimizer.variables),
+            **self._kept,
         )
         # TensorFlow makes the counter at the first save; under several workers, all of them
         # would have to take part in that.
@@ -236,11 +266,17 @@ class Checkpoints(keras.callbacks.Callback):
 
     def restore(self) -> int:
         """Brings back the last save, if there is one; returns the updates made so far."""
-        # Not the manager's, which knows its own saves alone.
-        latest = tf.train.latest_checkpoint(str(self.directory))
+        latest = latest_checkpoint(self.directory)
         if latest is not None:
             self.state.restore(latest).assert_consumed()
-        return int(compat.iterations(self.optimizer))
+            if self.step == 0:  # this call has made no update yet
+                self.step = int(self._kept["step"])
+                self.clock.go_on(self._kept["seconds"].numpy())
+        return self.step
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Counts."""
+        self.step += 1
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves."""
@@ -252,6 +288,8 @@ class Checkpoints(keras.callbacks.Callback):
         If that fails, the last save remains, and no part of the new one.
         """
         if self.writes:
+            self._kept["step"].assign(self.step)
+            self._kept["seconds"].assign(self.clock.read())
             with whole_or_not(self.directory):
                 self.manager.save()
 
@@ -281,7 +319,7 @@ class Termination(keras.callbacks.Callback):
         """Ends the process with status 143, as shells call a death by SIGTERM."""
         if self.asked:
             self.checkpoints.commit()
-            step = int(compat.iterations(self.checkpoints.optimizer))
+            step = self.checkpoints.step
             saved = "saved " * self.checkpoints.writes
             print(f"Asked to end: {saved}after step {step}. Repeat the command to go on.")
             sys.exit(128 + signal.SIGTERM)

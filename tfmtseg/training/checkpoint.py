@@ -40,14 +40,33 @@ def whole_or_not(folder: Path) -> Iterator[None]:
             shutil.rmtree(part)
 
 
+def latest_checkpoint(folder: Path) -> str | None:
+    """The last save in a folder of checkpoints, whichever process made it."""
+    path: str | None = tf.train.latest_checkpoint(str(folder))
+    return path
+
+
 def write_model(
-    directory: Path, model: Segmenter, modalities: Sequence[str], crop: Sequence[int]
+    directory: Path,
+    model: Segmenter,
+    modalities: Sequence[str],
+    crop: Sequence[int],
+    initialized: Sequence[str] = (),
 ) -> None:
-    """Writes `model.json`: arguments of the model, names of its input channels, patch size."""
+    """Writes `model.json`.
+
+    Args:
+        directory: Folder of the run.
+        model: Its arguments are kept.
+        modalities: Names of its input channels.
+        crop: Patch size.
+        initialized: Names of the parts that took weights of an earlier run.
+    """
     content = {
         "arguments": model.get_config(),
         "modalities": list(modalities),
         "crop": list(crop),
+        "initialized": list(initialized),
     }
     write_json(directory / "model.json", content)
 
@@ -105,8 +124,8 @@ def initialize(
 
     The encoder's always; the decoder's if the run trained it: a pretraining does only with
     dense contrast; the head's unless the run was a pretraining or has other regions; the
-    branch's if it is the same branch. The rest keeps its initial values, and so does the
-    optimizer.
+    branch's if it learned the same task. Head and branch need weights of the same shapes
+    besides. The rest keeps its initial values, and so does the optimizer.
 
     Args:
         model: A built model.
@@ -131,19 +150,32 @@ def initialize(
     parts = ["encoder"]
     if source.decoder.trainable:
         parts.append("decoder")
-    if source.head.trainable and source.regions == model.regions:
+    same_regions = source.regions == model.regions
+    if source.head.trainable and same_regions and _alike(source.head, model.head):
         parts.append("head")
-    if source.branch is not None and _kind(source.branch) == _kind(model.branch):
+    if _task(source.branch) == _task(model.branch) and _alike(source.branch, model.branch):
         parts.append("branch")
     for part in parts:
         getattr(model, part).set_weights(getattr(source, part).get_weights())
     return parts
 
 
-def _kind(branch: Branch | None) -> dict[str, Any]:
-    """The arguments of a branch that shape its weights."""
+def _task(branch: Branch | None) -> dict[str, Any]:
+    """What a branch learns: its arguments, but for how it computes and what it compares with."""
     config = {} if branch is None else branch.get_config()
-    return {name: value for name, value in config.items() if name not in ("dtype", "remat")}
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in ("dtype", "remat", "negatives", "across_cases")
+    }
+
+
+def _alike(source: Any, layer: Any) -> bool:
+    """Whether both layers have weights, of the same shapes."""
+    if source is None or layer is None:
+        return False
+    shapes = [[tuple(weight.shape) for weight in each.weights] for each in (source, layer)]
+    return shapes[0] == shapes[1]
 
 
 def _weights(model: Segmenter) -> tf.train.Checkpoint:

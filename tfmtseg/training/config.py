@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -16,7 +17,8 @@ from tfmtseg.data.augment import Augmentation
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.contrast import NEGATIVES
-from tfmtseg.models.contrastive_branch import grid_shape
+from tfmtseg.models.contrastive_branch import LEAST_CUBES, check_grid, grid_shape
+from tfmtseg.models.dense_branch import view_shape
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
 from tfmtseg.training.precision import PRECISIONS
 from tfmtseg.training.sizes import Strides, total_strides
@@ -229,6 +231,20 @@ class TrainConfig:
                 f"one of {', '.join(AVERAGES)}",
                 "choose one",
             ),
+            (
+                "branch_weight",
+                not pretrain or self.branch_weight != 0,
+                "another than 0 with --mode=pretrain",
+                "leave it out",
+            ),
+            (
+                "crop",
+                self._room_for_views,
+                f"4 times the product of --strides or more along an axis with "
+                f"--contrastive_form={self.contrastive_form}, for two views at different places",
+                "enlarge it",
+            ),
+            ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)", "choose 0"),
             ("teacher_momentum", 0 <= self.teacher_momentum < 1, "in [0, 1)", "choose 0.99"),
             ("teacher_start", 0 <= self.teacher_start <= 1, "in [0, 1]", "choose 0.33"),
             ("pseudo_label_weight", self.pseudo_label_weight >= 0, "0 or more", "choose 0.5"),
@@ -237,8 +253,17 @@ class TrainConfig:
             ("dropout", 0 <= self.dropout < 1, "in [0, 1)", "choose 0.2"),
             ("ema_momentum", 0 <= self.ema_momentum < 1, "in [0, 1)", "choose 0.99"),
             ("learning_rate", self.learning_rate > 0, "above 0", "choose 0.001"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more", "choose 0.00001"),
             ("scale", self.scale >= 1, "1 or more", "choose 1.15"),
             ("gamma", self.gamma >= 1, "1 or more", "choose 1.5"),
+            *(
+                (name, getattr(self, name) >= 0, "0 or more", "choose 0.1, or 0 for none")
+                for name in ("elastic_voxels", "gain", "shift", "noise", "blur_voxels")
+            ),
+            *(
+                (name, 0 <= getattr(self, name) <= 1, "in [0, 1]", "choose 0.3")
+                for name in ("foreground_probability", "elastic_probability", "blur_probability")
+            ),
             (
                 "contrastive_form",
                 self.contrastive_form in CONTRASTIVE_FORMS,
@@ -304,8 +329,21 @@ class TrainConfig:
         for name, holds, rule, fix in rules:
             if not holds:
                 raise InputError(f"--{name}", "value", repr(getattr(self, name)), rule, fix)
-        if METHODS[self.method].branch == "contrastive" and min(*self.crop, *self.cube_size) > 0:
-            grid_shape(self.crop, self.cube_size)
+        if self._form in LEAST_CUBES and min(*self.crop, *self.cube_size) > 0:
+            check_grid(grid_shape(self.crop, self.cube_size), self._form)
+
+    @property
+    def _form(self) -> str:
+        """The contrast's form; empty for methods without one."""
+        contrastive = self.method in METHODS and METHODS[self.method].branch == "contrastive"
+        return self.contrastive_form if contrastive else ""
+
+    @property
+    def _room_for_views(self) -> bool:
+        """Whether a dense contrast, if there is one, can cut views at different places."""
+        if not self._form.startswith("dense") or min(self.crop) == 0 or not self.has_strides:
+            return True
+        return view_shape(self.crop, self.strides) != self.crop
 
     @property
     def augmentation(self) -> Augmentation:
@@ -354,7 +392,7 @@ def _convert(origin: str, name: str, value: Any, kind: Any) -> Any:
         if len(items) == 1:  # stands for all
             items = [*items] * len(elements)
         return _several(items, elements)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         word = f"{len(elements)} values" if elements else kind.__name__
         raise InputError(
             origin, f"setting '{name}'", repr(value), f"of the kind {word}", "correct the value"
@@ -376,8 +414,10 @@ def _scalar(value: Any, kind: type) -> Any:
         return value
     if kind is bool and (isinstance(value, bool) or str(value).lower() in ("true", "false")):
         return str(value).lower() == "true"
-    if kind in (int, float) and not isinstance(value, bool):
-        return kind(value) if kind is float or not isinstance(value, float) else _whole(value)
+    if kind is float and not isinstance(value, bool) and math.isfinite(float(value)):
+        return float(value)
+    if kind is int and not isinstance(value, bool):
+        return _whole(value) if isinstance(value, float) else int(value)
     raise ValueError
 
 

@@ -50,7 +50,13 @@ from tfmtseg.training.callbacks import (
     TensorBoard,
     Termination,
 )
-from tfmtseg.training.checkpoint import initialize, load_model, write_model, write_weights
+from tfmtseg.training.checkpoint import (
+    initialize,
+    latest_checkpoint,
+    load_model,
+    write_model,
+    write_weights,
+)
 from tfmtseg.training.config import TrainConfig, read_settings
 from tfmtseg.training.memory import training_memory_gb
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
@@ -68,6 +74,7 @@ from tfmtseg.training.strategy import (
 from tfmtseg.version import code_version
 
 # Settings that may differ when a run goes on: they change no result, or its rounding alone.
+# What lies in the folders is compared besides.
 MAY_CHANGE = {
     "data_dir", "unlabeled_dir", "allow_root", "model_dir", "cache_dir", "strategy", "num_replicas",
 }  # fmt: skip
@@ -105,18 +112,21 @@ def train(config: TrainConfig) -> dict[str, Any]:
     config = _resolve(config, _training_geometries(folder, further, splits))
     config.check()
     result_file = directory / "result.json"
-    _claim_folder(config, directory)
+    _claim_folder(config, directory, folder, splits)
     if result_file.exists():
         print(f"{directory} holds this run, finished; nothing to do.")
         return json.loads(result_file.read_text(encoding="utf-8"))
 
-    initialized: list[str] = []
+    goes_on = latest_checkpoint(directory / "checkpoints") is not None
     with strategy.scope():
         model = make_model(config, regions)
         model.build((None, *config.crop, len(folder.modalities)))
-        if config.init_checkpoint:
+        initialized = []
+        if goes_on:  # weights come from there; the earlier run may be gone by now
+            initialized = _read_description(directory)["initialized"]
+        elif config.init_checkpoint:
             initialized = initialize(model, config.init_checkpoint, folder.modalities)
-            print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}")
+            print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}, nothing else")
         model.compile(make_optimizer(config))
         # Building the optimizer first spares a second tracing of the training step.
         model.optimizer.build(model.trainable_variables)
@@ -124,7 +134,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     first_step = checkpoints.restore()
     if writes(strategy):
         splits.write(directory / "splits")
-        write_model(directory, model, folder.modalities, config.crop)
+        write_model(directory, model, folder.modalities, config.crop, initialized)
         write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step, strategy.num_replicas_in_sync)
 
@@ -290,11 +300,12 @@ def _known(sizes: Factors, otherwise: Sequence[float]) -> Factors:
     return x, y, z
 
 
-def _claim_folder(config: TrainConfig, directory: Path) -> None:
-    """Refuses a folder that holds a run with other settings."""
+def _claim_folder(config: TrainConfig, directory: Path, folder: DataFolder, splits: Splits) -> None:
+    """Refuses a folder that holds a run with other settings, or with other data."""
     path = directory / "config.yaml"
     if not path.exists():
         return
+    another = "choose another --model_dir, or repeat the settings of this run"
     before = TrainConfig.from_mapping(read_settings(path), str(path))
     # Of a run from before there was such a setting.
     before = dataclasses.replace(before, precision=choose_precision(before.precision))
@@ -302,9 +313,36 @@ def _claim_folder(config: TrainConfig, directory: Path) -> None:
         old, new = getattr(before, field.name), getattr(config, field.name)
         if field.name not in MAY_CHANGE and old != new:
             raise InputError(
-                path, field.name, repr(old), f"{new!r}, as asked for now",
-                "choose another --model_dir, or repeat the settings of this run",
+                path, field.name, repr(old), f"{new!r}, as asked for now", another
             )  # fmt: skip
+    description = _read_description(directory)
+    assert folder.regions is not None  # `_read_folder` has made sure
+    for name, had, has in (
+        ("modalities", description["modalities"], list(folder.modalities)),
+        ("regions", description["arguments"]["regions"], folder.regions.get_config()),
+    ):
+        if had != has:
+            raise InputError(
+                directory / "model.json", name, had, f"{has}, as of {folder.root} now", another
+            )
+    used = Splits.read(directory / "splits")
+    for use in dataclasses.fields(Splits):
+        had, has = getattr(used, use.name), getattr(splits, use.name)
+        if had != has:
+            differing = sorted(set(had) ^ set(has))
+            raise InputError(
+                directory / "splits" / f"{use.name}.txt",
+                f"case {differing[0]}" if differing else "order",
+                "missing" if differing and differing[0] in has else "there",
+                "as the data folders and lists of cases give it now",
+                "choose another --model_dir, or bring back the data and lists of this run",
+            )  # fmt: skip
+
+
+def _read_description(directory: Path) -> dict[str, Any]:
+    """What `write_model` has written."""
+    content: dict[str, Any] = json.loads((directory / "model.json").read_text(encoding="utf-8"))
+    return content
 
 
 def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
@@ -368,7 +406,7 @@ def _fit(
     checkpoints: Checkpoints,
     first_step: int,
 ) -> tuple[float, float]:
-    """Runs `fit` from `first_step` on; returns the time of the whole run, see `History`."""
+    """Runs `fit` from `first_step` on; returns the time of the whole run, see `Clock`."""
     directory = Path(config.model_dir)
     pretrain = config.mode == "pretrain"
     per_batch = config.unlabeled_per_step if pretrain else config.labeled_per_step
@@ -406,10 +444,13 @@ def _fit(
         drawn = held_out(WHOLE) if development else batches(0, 1)
         images, labels, _ = (part.numpy() for part in next(iter(drawn)))
         example = images, labels
-    history = History(directory / "history.csv", config.steps_per_epoch, make_schedule(config))
+    clock = checkpoints.clock
+    history = History(
+        directory / "history.csv", config.steps_per_epoch, make_schedule(config), clock
+    )
     termination = Termination(checkpoints)
-    progress = Progress(config.train_steps)
-    callbacks = [checkpoints, termination]
+    progress = Progress(config.train_steps, first_step)
+    callbacks = [clock, checkpoints, termination]
     if writes(strategy):
         board = TensorBoard(directory / "tensorboard", config.steps_per_epoch, example)
         callbacks = [progress, board, history, *callbacks]
@@ -434,13 +475,13 @@ def _fit(
                 callbacks=callbacks,
             )
         except tf.errors.InvalidArgumentError as error:
-            step = int(compat.iterations(model.optimizer))
+            step = checkpoints.step
             names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
             raise _not_finite(error, step, names) from None
         finally:
             for callback in (termination, progress):
                 callback.on_train_end()  # `fit` leaves it out when it fails
-    return history.seconds
+    return clock.read()
 
 
 def _not_finite(error: tf.errors.OpError, step: int, cases: Sequence[str]) -> Exception:

@@ -82,6 +82,7 @@ def choose_crop(size: Sequence[float], strides: Sequence[Factors]) -> Factors:
 def choose_cube(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
     """The contrastive cube: half the shortest axis that carries the grid, rounded and capped.
 
+    Half a cube divides all such axes: where that size would not, it is the next smaller one.
     Along other axes, those of thick slices, it spans the crop: nothing is predicted
     from one slice to the next.
 
@@ -94,5 +95,9 @@ def choose_cube(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
     carries_grid = [total == max(totals) for total in totals]
     shortest = min(length for length, grid in zip(crop, carries_grid, strict=True) if grid)
     edge = max(unit, min(MAX_CUBE, shortest // 2 // unit * unit))
+    while edge > unit and any(
+        2 * length % edge for length, grid in zip(crop, carries_grid, strict=True) if grid
+    ):
+        edge -= unit
     x, y, z = (edge if grid else length for length, grid in zip(crop, carries_grid, strict=True))
     return x, y, z
