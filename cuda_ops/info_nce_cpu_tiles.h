@@ -449,7 +449,10 @@ class Runner {
     if (!r_.with_gradients) return;
     const double weight = static_cast<double>(r_.row_weights[query]) / p_.temperature;
     const double everything = together + softplus / kLn2;
-    factors_[row] = static_cast<float>(weight * std::exp2(maximum - everything));
+    // Without a negative there is nothing to scale, and the power may be infinite.
+    factors_[row] = negatives == -kInfinity
+                        ? 0
+                        : static_cast<float>(weight * std::exp2(maximum - everything));
     const double share = std::exp2(negatives - everything);  // of the negatives
     for (Positive& p : positives) {
       const double among = std::exp2(p.logit - together);

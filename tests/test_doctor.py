@@ -90,6 +90,25 @@ def test_problems(monkeypatch, name, target, value, problem):
     assert found.fix
 
 
+@pytest.mark.parametrize("cache", ["long" * 100, None], ids=["unreadable", "no home"])
+def test_a_cache_folder_that_cannot_be(monkeypatch, tmp_path, cache):
+    def home():
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("TFMTSEG_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    if cache:  # `stat` refuses, as for folders of other users
+        monkeypatch.setenv("TFMTSEG_CACHE_DIR", str(tmp_path / cache / "inside"))
+        exists = Path.exists
+        monkeypatch.setattr(
+            Path, "exists", lambda path: path.stat() if cache in str(path) else exists(path)
+        )
+    found = find("disk of the cache")
+    assert found.problem
+    assert "TFMTSEG_CACHE_DIR" in found.fix
+
+
 def test_a_system_without_proc(monkeypatch):
     monkeypatch.setattr("tfmtseg.doctor.available_memory_gb", lambda: math.inf)
     found = find("memory")

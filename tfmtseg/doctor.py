@@ -116,7 +116,8 @@ def _compilers() -> Iterator[Finding]:
     except NativeOpsError as error:
         yield Finding("C++ compiler", "none that works", error.why, error.fix)
     nvcc = build.find_nvcc()
-    missing = nvcc is None and bool(build.visible_architectures())
+    gpus = build.visible_architectures()
+    missing = nvcc is None and any(gpu >= build.OLDEST_ARCHITECTURE for gpu in gpus)
     yield Finding(
         "CUDA compiler",
         nvcc or "none",
@@ -140,12 +141,14 @@ def _native_ops() -> Iterator[Finding]:
         "native ops", f"for TensorFlow {record.tensorflow} ({record.tensorflow_git}), loaded"
     )
     yield Finding("  instructions", _instruction_set(record.machine))
-    missing = not record.architectures and bool(build.visible_architectures())
+    gpus = build.visible_architectures()
+    served = build.serves(record.architectures, gpus)
     yield Finding(
         "  CUDA",
         ", ".join(f"sm_{each}" for each in record.architectures) or "no",
-        "they run on the CPU although there is a GPU" if missing else "",
-        "run python -m tfmtseg.ops.build --cuda, which needs nvcc",
+        "" if served else f"none for a GPU here ({', '.join(f'sm_{each}' for each in gpus)})",
+        "run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
+        f"sm_{build.OLDEST_ARCHITECTURE} or newer; plain TensorFlow takes their place meanwhile",
     )
 
 
@@ -171,9 +174,14 @@ def _memory() -> Iterator[Finding]:
 
 
 def _disk() -> Iterator[Finding]:
-    for name, folder in (("disk", Path.cwd()), ("disk of the cache", build.cache_dir())):
-        while not folder.exists():
-            folder = folder.parent
+    for name, choose in (("disk", Path.cwd), ("disk of the cache", build.cache_dir)):
+        try:
+            folder = choose()
+            while not folder.exists():
+                folder = folder.parent
+        except (NativeOpsError, OSError) as error:
+            yield Finding(name, "unknown", str(error), "set TFMTSEG_CACHE_DIR to a folder of yours")
+            continue
         free = shutil.disk_usage(folder).free / GB
         writable = os.access(folder, os.W_OK)
         problem = "" if free >= LEAST_DISK_GB else "too little for a cache and checkpoints"

@@ -259,6 +259,8 @@ def test_cuda_where_nvcc_and_a_gpu_are(probe_sources, plain_sources, compiler_lo
     assert gpu_units <= set(asked.units)
     assert build.plan(probe_sources, True, [90, 75]).record.architectures == (75, 90)
 
+    monkeypatch.setattr(build, "visible_architectures", lambda: [70])  # nvcc knows it no more
+    assert build.plan(probe_sources).record.architectures == ()
     for visible, expected in [([75], (75, 80, 90)), ([89], (80, 90)), ([100], (80, 90))]:
         monkeypatch.setattr(build, "visible_architectures", lambda visible=visible: visible)
         assert build.plan(probe_sources).record.architectures == expected
@@ -266,6 +268,24 @@ def test_cuda_where_nvcc_and_a_gpu_are(probe_sources, plain_sources, compiler_lo
         assert build.plan(plain_sources).record.architectures == ()  # no kernels for it
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert build.plan(probe_sources).record.architectures == ()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "gpus", "expected"),
+    [
+        ((80, 90), [], True),
+        ((), [], True),
+        ((), [80], False),
+        ((80, 90), [80, 86, 90], True),  # 8.0 runs on 8.6
+        ((86, 90), [80], False),  # not the other way round
+        ((80, 90), [75], False),
+        ((80, 90), [75, 90], False),
+        ((80, 90), [120], True),  # by the PTX of 9.0
+        ((80,), [90], True),
+    ],
+)
+def test_which_gpus_a_library_serves(architectures, gpus, expected):
+    assert build.serves(architectures, gpus) == expected
 
 
 def test_nvcc_is_found_beside_the_path(tmp_path, monkeypatch):

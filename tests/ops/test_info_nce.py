@@ -191,6 +191,23 @@ def test_row_without_negatives_has_a_zero_gradient(implementation):
 
 
 @both
+def test_no_negatives_and_a_very_unlike_positive(implementation):
+    """Similarity -100: exp(100) is infinite in float32, and infinity times no negative is NaN."""
+    queries = tf.constant([[-1.0, 0.0], [0.0, 1.0]])
+    keys, temperature = tf.constant([[1.0, 0.0], [0.0, 1.0]]), tf.constant(0.01)
+    with tf.GradientTape() as tape:
+        tape.watch([queries, keys, temperature])
+        loss = info_nce(
+            queries, keys, temperature=temperature, query_ids=[7, 1], key_ids=[7, 7],
+            implementation=implementation,
+        )  # fmt: skip
+    gradients = tape.gradient(loss, [queries, keys, temperature])
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
+    assert float(loss[0]) == 0
+    np.testing.assert_array_equal(gradients[0][0], 0.0)
+
+
+@both
 @pytest.mark.parametrize(("n", "m"), [(0, 4), (3, 0), (0, 0)])
 def test_no_queries_or_no_keys(n, m, implementation):
     queries, keys = tf.ones((n, 5)), tf.ones((m, 5))

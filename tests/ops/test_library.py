@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from dataclasses import replace
@@ -145,19 +146,24 @@ def test_the_best_built_ahead(cache, probe_sources, monkeypatch):
     fake(cache / f"{name}-2.so", sources="another")
     (cache / f"{name}-3.so").touch()
     with pytest.raises(NativeOpsError, match="forbids"):
-        library._find(here, gpu=True, may_build=False)
+        library._find(here, gpus=[80], may_build=False)
 
     cpu = fake(cache / f"{name}-4.so", compiler="another")
-    assert library._find(here, gpu=False, may_build=False) == cpu
-    assert library._find(here, gpu=False, may_build=True) == cache / "built"
-    assert library._find(here, gpu=True, may_build=True) == cache / "built"
+    assert library._find(here, gpus=[], may_build=False) == cpu
+    assert library._find(here, gpus=[], may_build=True) == cache / "built"
+    assert library._find(here, gpus=[80], may_build=True) == cache / "built"
 
     cuda = fake(cache / f"{name}-5.so", architectures=(80,))
-    assert library._find(here, gpu=False, may_build=False) == cpu
-    assert library._find(here, gpu=True, may_build=False) == cuda
-    assert library._find(here, gpu=True, may_build=True) == cuda  # nvcc was elsewhere
+    assert library._find(here, gpus=[], may_build=False) == cpu
+    assert library._find(here, gpus=[80], may_build=False) == cuda
+    assert library._find(here, gpus=[80], may_build=True) == cuda  # nvcc was elsewhere
+    older = fake(cache / f"{name}-6.so", architectures=(70, 75))
+    os.utime(older, (0, 0))
+    assert library._find(here, gpus=[75], may_build=False) == older  # 80 does not serve it
+    assert library._find(here, gpus=[86], may_build=True) == cuda
+    assert library._find(here, gpus=[60], may_build=True) == cache / "built"  # nothing does
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert library._find(here, gpu=False, may_build=True) == cpu
+    assert library._find(here, gpus=[], may_build=True) == cpu
 
 
 def test_a_gpu_that_is_left_unused_is_told(cache, probe_sources, monkeypatch):
@@ -166,16 +172,30 @@ def test_a_gpu_that_is_left_unused_is_told(cache, probe_sources, monkeypatch):
     monkeypatch.setattr(tf, "load_op_library", lambda path: path)
     path = fake(cache / "some.so")
     monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(path))
-    with pytest.warns(UserWarning, match="built without CUDA, and there is a GPU") as caught:
+    with pytest.warns(UserWarning, match="has no kernels for a GPU that is here") as caught:
         library.load()
     assert [each.filename for each in caught] == [__file__]
     assert library.load() == str(path)  # once
     assert library.choose() == "reference"
     assert library.choose("native") == "native"
-    monkeypatch.setattr(library, "_loaded", None)
-    fake(path, architectures=(80,))
-    library.load()
-    assert library.choose() == "native"
+    for gpu, used in ((80, "native"), (86, "native"), (120, "native"), (70, "reference")):
+        monkeypatch.setattr(library, "_loaded", None)
+        monkeypatch.setattr(build, "visible_architectures", lambda gpu=gpu: [gpu])
+        fake(path, architectures=(80,))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            library.load()
+        assert bool(told) == (used == "reference"), gpu
+        assert library.choose() == used, gpu
+
+
+def test_a_cache_folder_that_cannot_be(probe_sources, monkeypatch, tmp_path):
+    """The system refuses even to look, as it does for folders of other users."""
+    monkeypatch.setattr(build, "source_dir", lambda: probe_sources)
+    monkeypatch.setenv("TFMTSEG_CACHE_DIR", str(tmp_path / ("long" * 100)))
+    with pytest.warns(UserWarning, match="Native ops are not used.*Fix: set TFMTSEG_CACHE_DIR"):
+        assert library.choose() == "reference"
+    assert not library.is_built()
 
 
 def test_available_warns_once(cache, plain_sources, monkeypatch):

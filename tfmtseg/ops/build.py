@@ -120,11 +120,23 @@ def digest(sources: Path) -> str:
 
 
 def visible_architectures() -> list[int]:
-    """Compute capabilities, times 10, of the GPUs that TensorFlow sees and nvcc builds for."""
+    """Compute capabilities, times 10, of the GPUs that TensorFlow sees."""
     details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
     capabilities = [each.get("compute_capability") for each in details]
-    found = {10 * each[0] + each[1] for each in capabilities if each}
-    return sorted(each for each in found if each >= OLDEST_ARCHITECTURE)
+    return sorted({10 * each[0] + each[1] for each in capabilities if each})
+
+
+def serves(architectures: Sequence[int], gpus: Sequence[int]) -> bool:
+    """Whether a library of these architectures has kernels for each of these GPUs.
+
+    A kernel runs on GPUs of its generation that are not older. The newest is there as PTX
+    too, which runs on all that are not older.
+    """
+    return all(
+        any(built // 10 == gpu // 10 and built <= gpu for built in architectures)
+        or (bool(architectures) and max(architectures) <= gpu)
+        for gpu in gpus
+    )
 
 
 def here(sources: Path) -> Record:
@@ -168,8 +180,11 @@ class Plan:
         return cache_dir() / library_name(self.record.tensorflow, self.record.key)
 
     def is_built(self) -> bool:
-        """Whether the library is there, whole."""
-        return self.library.is_file() and read_record(self.library) == self.record
+        """Whether the library is there, whole, and may be read."""
+        try:
+            return self.library.is_file() and read_record(self.library) == self.record
+        except OSError:
+            return False
 
 
 def plan(
@@ -203,6 +218,7 @@ def plan(
     compiler = _compiler()
     nvcc = find_nvcc()
     visible = visible_architectures() if cuda is not False else []
+    visible = [each for each in visible if each >= OLDEST_ARCHITECTURE]
     if cuda is None:
         cuda = bool(nvcc and visible and any(kind == "cuda" for _, kind in units))
     if cuda and not nvcc:

@@ -14,7 +14,7 @@ import contextvars
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +28,7 @@ IMPLEMENTATIONS = ("auto", "native", "reference")
 _SETTING = "TFMTSEG_NATIVE_OPS"
 _lock = threading.RLock()
 _loaded: tuple[ModuleType, Record] | None = None
-_idle_gpu = False  # whether the loaded library has no kernels for a GPU that is here
+_idle_gpu = False  # whether the loaded library has no kernels for some GPU that is here
 _reason: str | None = None  # why `available` is False, once asked
 _disabled = contextvars.ContextVar("disabled", default=False)
 
@@ -147,10 +147,10 @@ def _load() -> tuple[ModuleType, Record]:
         if _loaded is not None:
             return _loaded
         here = build.here(build.source_dir())
-        gpu = bool(build.visible_architectures())
+        gpus = build.visible_architectures()
         setting = os.environ.get(_SETTING, "")
         own = setting in ("", "0")
-        path = _find(here, gpu, may_build=not setting) if own else Path(setting)
+        path = _find(here, gpus, may_build=not setting) if own else Path(setting)
         found = _accepted(path, here)
         try:
             module = tf.load_op_library(str(path))
@@ -158,24 +158,27 @@ def _load() -> tuple[ModuleType, Record]:
             raise NativeOpsError(
                 f"loading {path}", str(error), "remove this file and build the library anew"
             ) from error
-        has_kernels = found.architectures or not any(build.source_dir().glob("*_cuda.cu"))
-        _idle_gpu = gpu and not has_kernels
+        has_sources = any(build.source_dir().glob("*_cuda.cu"))
+        _idle_gpu = has_sources and not build.serves(found.architectures, gpus)
         if _idle_gpu:
             warnings.warn(
-                f"{path} was built without CUDA, and there is a GPU: plain TensorFlow takes the "
-                "place of the native ops, or they run on the CPU where they are asked for. "
-                "Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc.",
+                f"{path} has no kernels for a GPU that is here (compute capability times 10: "
+                f"{', '.join(map(str, gpus))}; built for "
+                f"{', '.join(map(str, found.architectures)) or 'none'}): plain TensorFlow takes "
+                "the place of the native ops, or they run on the CPU where they are asked for. "
+                "Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
+                f"{build.OLDEST_ARCHITECTURE} or newer.",
                 stacklevel=3,
             )
         _loaded = module, found
         return _loaded
 
 
-def _find(here: Record, gpu: bool, may_build: bool) -> Path:
+def _find(here: Record, gpus: Sequence[int], may_build: bool) -> Path:
     """The library to load from the cache, built when needed and allowed."""
     from tfmtseg.ops import build
 
-    best = _built_ahead(here, gpu)
+    best = _built_ahead(here, gpus)
     if not may_build:
         if best is None:
             raise NativeOpsError(
@@ -186,7 +189,7 @@ def _find(here: Record, gpu: bool, may_build: bool) -> Path:
         return best[1]
     try:
         plan = build.plan()
-        if gpu and not plan.nvcc and best and best[0].architectures:
+        if gpus and not plan.nvcc and best and build.serves(best[0].architectures, gpus):
             return best[1]  # built where nvcc was
         return build.make(plan)
     except NativeOpsError:
@@ -195,18 +198,25 @@ def _find(here: Record, gpu: bool, may_build: bool) -> Path:
         return best[1]
 
 
-def _built_ahead(here: Record, gpu: bool) -> tuple[Record, Path] | None:
+def _built_ahead(here: Record, gpus: Sequence[int]) -> tuple[Record, Path] | None:
     """The best library in the cache that serves here, whatever tools built it."""
     from tfmtseg.ops import build
 
+    def suits(architectures: Sequence[int]) -> bool:
+        return build.serves(architectures, gpus) if gpus else not architectures
+
+    try:
+        paths = list(build.cache_dir().glob(build.library_name(here.tensorflow, "*")))
+    except OSError:  # of another user
+        return None
     found = []
-    for path in build.cache_dir().glob(build.library_name(here.tensorflow, "*")):
+    for path in paths:
         try:
             record, built = read_record(path), path.stat().st_mtime
-        except OSError:  # removed meanwhile
+        except OSError:  # removed meanwhile, or of another user
             continue
         if record is not None and record.without_tools() == here:
-            found.append((bool(record.architectures) == gpu, built, record, path))
+            found.append((suits(record.architectures), built, record, path))
     return max(found, key=lambda each: each[:2])[2:] if found else None
 
 
