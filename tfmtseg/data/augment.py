@@ -15,7 +15,9 @@ import tensorflow as tf
 
 from tfmtseg.ops.interpolation import interpolation_matrix
 
-ELASTIC_SPACING = 8  # voxels between the control points of the elastic deformation
+# Voxels for each control point of the elastic deformation, and one point more. They lie from
+# end to end of all their voxels: 9 (crop 48) to 15 voxels (crop 8) apart.
+ELASTIC_SPACING = 8
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Augmentation:
         rotation_degrees: Largest rotation about x, y and z.
         scale: Largest factor of zoom in and out, 1 or more.
         elastic_voxels: Standard deviation of the elastic displacement at control
-            points 8 voxels apart. As long in millimetres along the other axes as along
+            points, some 10 voxels apart. As long in millimetres along the other axes as along
             the one with the shortest voxels.
         elastic_probability: Fraction of patches deformed elastically.
         flips: Whether x, y, z may be mirrored. Only where anatomy allows it.

@@ -4,7 +4,8 @@ On CPUs with AVX-512, oneDNN (TensorFlow 2.15 to 2.21) computes 16 output channe
 where there are 8 or fewer. Here two neighbours along z are the two halves of one output
 of 16 channels: a kernel of four voxels along z, which moves on by two, holds the 3x3x3
 kernel twice, one voxel apart. A quarter of its products are with zero, where half was
-idle before. Results and gradients are those of TensorFlow's convolution, bit for bit.
+idle before. In float32, results and gradients are those of TensorFlow's convolution, bit
+for bit; in bfloat16 the gradient by the input may be rounded otherwise.
 """
 
 from __future__ import annotations
