@@ -5,12 +5,27 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 
 BAD_INPUT = 2  # exit status
 BAD_SYSTEM = 1
+
+
+def flags_only(argv: Sequence[str]) -> None:
+    """Ends the process if there are arguments that are no flags: they would change nothing.
+
+    Args:
+        argv: What the parser of flags has left over, after the program's name.
+    """
+    if argv[1:]:
+        problem = InputError(
+            "command line", "argument", repr(" ".join(argv[1:])), "a flag, --NAME=VALUE",
+            "write lists with commas and without spaces, as in --seeds=0,1,2",
+        )  # fmt: skip
+        print(problem, file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def report_problems(action: Callable[[], int | None]) -> int:

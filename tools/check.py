@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from absl import app, flags
 
-from tfmtseg.console import report_problems
+from tfmtseg.console import flags_only, report_problems
 from tfmtseg.data.check import check_data_folder
 from tfmtseg.errors import InputErrors
 from tfmtseg.regions import Regions
@@ -39,7 +39,7 @@ def _check() -> None:
 
 
 def main(argv: list[str]) -> int:
-    del argv  # all flags
+    flags_only(argv)
     return report_problems(_check)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tfmtseg.console import report_problems
+from tfmtseg.console import flags_only, report_problems
 from tfmtseg.demo import run_demo
 
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", "demo_run", "Folder for data, runs and report.")
@@ -23,7 +23,7 @@ def _demo() -> None:
 
 
 def main(argv: list[str]) -> int:
-    del argv  # all flags
+    flags_only(argv)
     return report_problems(_demo)
 
 

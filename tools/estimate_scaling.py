@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import tfmtseg  # noqa: F401  # isort: skip  before tensorflow
 from absl import app, flags
 
+from tfmtseg.console import flags_only
 from tfmtseg.models.contrastive_branch import grid_shape
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.regions import Regions
@@ -58,7 +59,7 @@ def exchange_s(num_bytes: float, machines: int, gbit_per_s: float) -> float:
 
 
 def main(argv: list[str]) -> None:
-    del argv  # all flags
+    flags_only(argv)
     crop, cube_size = ([int(size) for size in flag.value] for flag in (_CROP, _CUBE_SIZE))
     length = 8 * _WIDTH.value
     print("| replicas | queries of a replica | candidates of a query | ln | keys, MiB |")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tfmtseg.console import report_problems
+from tfmtseg.console import flags_only, report_problems
 from tfmtseg.inference.evaluate import evaluate
 
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
@@ -25,7 +25,7 @@ def _evaluate() -> None:
 
 
 def main(argv: list[str]) -> int:
-    del argv  # all flags
+    flags_only(argv)
     return report_problems(_evaluate)
 
 

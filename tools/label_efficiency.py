@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from tfmtseg.console import report_problems
+from tfmtseg.console import flags_only, report_problems
 from tfmtseg.experiment.estimate import describe_plan
 from tfmtseg.experiment.plan import (
     Experiment,
@@ -85,7 +85,7 @@ def _report(experiment: Experiment, few: list[int]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    del argv  # all flags
+    flags_only(argv)
     try:
         return report_problems(_label_efficiency)
     except KeyboardInterrupt:

@@ -20,6 +20,7 @@ from absl import app, flags
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
+from tfmtseg.console import flags_only
 from tfmtseg.models.encoder import ISOTROPIC
 from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import Segmenter
@@ -68,7 +69,7 @@ def step_memory() -> int:
 
 
 def main(argv: list[str]) -> None:
-    del argv  # all flags
+    flags_only(argv)
     gib = step_memory() / 2**30
     patches = _LABELED.value + _UNLABELED.value * METHODS[_METHOD.value].uses_unlabelled
     crop = " x ".join(_CROP.value)

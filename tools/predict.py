@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from absl import app, flags
 
-from tfmtseg.console import report_problems
+from tfmtseg.console import flags_only, report_problems
 from tfmtseg.inference.predict import predict_folder
 
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
@@ -30,7 +30,7 @@ def _predict() -> None:
 
 
 def main(argv: list[str]) -> int:
-    del argv  # all flags
+    flags_only(argv)
     return report_problems(_predict)
 
 

@@ -16,12 +16,11 @@ import json
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from absl import app, flags
 
-from tfmtseg.console import report_problems
+from tfmtseg.console import flags_only, report_problems
 from tfmtseg.data.nifti import read_image, write_label_map
 from tfmtseg.errors import InputError
 
@@ -51,9 +50,15 @@ def predict_grpc(server: str, model: str, voxels: np.ndarray, timeout_s: float) 
     Raises:
         InputError: If there is no such answer.
     """
-    import grpc
+    try:
+        import grpc
+        from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+    except ImportError as error:
+        raise InputError(
+            "--protocol", "value", f"grpc without its packages ({error})", "one that works here",
+            "pip install '.[serving]' in a checkout, or use --protocol=rest with the REST port",
+        ) from None  # fmt: skip
     import tensorflow as tf
-    from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
 
     request = predict_pb2.PredictRequest()
     request.model_spec.name = model
@@ -77,13 +82,14 @@ def predict_rest(server: str, model: str, voxels: np.ndarray, timeout_s: float) 
     )
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            outputs: dict[str, Any] = json.load(response)["outputs"]
+            return np.array(json.load(response)["outputs"]["labels"], np.uint8)
     except urllib.error.HTTPError as error:
         with error:
             raise _no_answer(server, f"{error.code} ({error.read().decode()})") from None
     except OSError as error:
         raise _no_answer(server, str(error)) from None
-    return np.array(outputs["labels"], np.uint8)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_answer(server, f"something else ({type(error).__name__}: {error})") from None
 
 
 def _no_answer(server: str, found: str) -> InputError:
@@ -97,12 +103,14 @@ def _predict() -> None:
     volume = read_image([Path(path) for path in _IMAGE.value])
     predict = predict_grpc if _PROTOCOL.value == "grpc" else predict_rest
     labels = predict(_SERVER.value, _MODEL.value, volume.voxels, _TIMEOUT_S.value)
+    if labels.shape != volume.geometry.ras_shape:
+        raise _no_answer(_SERVER.value, f"of the shape {labels.shape}")
     write_label_map(Path(_OUTPUT.value), labels, volume.geometry)
     print(f"Wrote {_OUTPUT.value}")
 
 
 def main(argv: list[str]) -> int:
-    del argv  # all flags
+    flags_only(argv)
     return report_problems(_predict)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import app, flags
 
-from tfmtseg.console import report_problems
+from tfmtseg.console import flags_only, report_problems
 from tfmtseg.data.cases import data_name
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings
 from tfmtseg.training.run import train
@@ -74,7 +74,7 @@ def _train() -> None:
 
 
 def main(argv: list[str]) -> int:
-    del argv  # all flags
+    flags_only(argv)
     return report_problems(_train)
 
 

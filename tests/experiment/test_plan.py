@@ -64,6 +64,9 @@ def test_counts_and_seeds():
             parse_counts([text])
     with pytest.raises(InputError, match="--seeds: value is 'x'"):
         parse_seeds(["x"])
+    for parse in (parse_counts, parse_seeds):  # as of an empty variable of the shell
+        with pytest.raises(InputError, match="value is empty"):
+            parse([])
 
 
 def test_settings_from_the_file_made_for_the_data_set(shared_data):
@@ -114,6 +117,18 @@ def test_reading_back(make_experiment):
     experiment = make_experiment("encdec", "control_a", "x=encdec:crop=16/32/8", width=16)
     again = Experiment.read(experiment.directory)
     assert again == dataclasses.replace(experiment, data_dir="")
+
+
+@pytest.mark.parametrize("damage", ["threads: 1", "arms"])
+def test_a_damaged_file(make_experiment, damage):
+    experiment = make_experiment("encdec")
+    path = experiment.results / "experiment.yaml"
+    path.write_text(path.read_text().replace(damage, "x: ["))
+    with pytest.raises(InputError, match=rf"^{path}: settings file is unreadable"):
+        Experiment.read(experiment.directory)
+    path.write_text("threads: 1\n")
+    with pytest.raises(InputError, match=rf"^{path}: experiment is damaged \(KeyError: 'arms'\)"):
+        Experiment.read(experiment.directory)
 
 
 def test_further_arms_but_no_other_settings(make_experiment):

@@ -12,6 +12,7 @@ import pytest
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.claims import Contest
 from tfmtseg.experiment.report import write_report
+from tfmtseg.experiment.results import Results
 from tfmtseg.experiment.statistics import holm, wilcoxon_p
 
 GAINS = {"encdec": 0.0, "cpcseg": 0.01, "sscpcseg": 0.05, "bcp": 0.01, "bcpcpcseg": 0.02}
@@ -117,6 +118,73 @@ def test_notes_by_hand_and_several_versions(make_experiment, make_results):
     assert "Judged with 3 labelled subjects" in text
 
 
+def test_the_control_has_the_arms_own_teacher(report):
+    """`slow` is better than `bcp`, but only because of its teacher."""
+    arms = [
+        "encdec", "bcp", "bcp_slow=bcp:teacher_momentum=0.999",
+        "slow=bcpcpcseg:teacher_momentum=0.999:contrastive_form=classes",
+    ]  # fmt: skip
+    gains = {"encdec": 0.0, "bcp": 0.01, "bcp_slow": 0.06, "slow": 0.05}
+    text, folder = report(gains, arms=arms, spread=0.001)
+    pairs = {(row["arm"], row["reference"]) for row in rows(folder / "comparisons.csv")}
+    assert {pair for pair in pairs if pair[0] == "slow"} == {
+        ("slow", "encdec"),
+        ("slow", "bcp_slow"),
+    }
+    assert claim(text, 3) == "holds"  # of bcp_slow, the best
+    without = {name: gain for name, gain in gains.items() if name != "bcp_slow"}
+    text, _ = report(without, arms=[arms[0], arms[1], arms[3]], spread=0.001)
+    assert "(best: `slow`)" in text
+    assert claim(text, 3) == "not decided"
+    assert "Not run: slow against bcp:teacher_momentum=0.999 at 3 labelled" in text
+
+
+def test_arms_of_fewer_seeds(report, make_experiment, make_results):
+    """Seeds differ more than arms; the best is the best against `encdec` on the same ones."""
+    experiment = make_experiment("encdec", "cpcseg", "vaeseg")
+    results = make_results({"encdec": 0.0, "cpcseg": 0.03, "vaeseg": 0.04}, spread=0.001)
+    one = {key for key in results.runs if key[0] == "vaeseg" and key[2] > 0}
+    runs, scores = (
+        {key: value for key, value in each.items() if key not in one}
+        for each in (results.runs, results.scores)
+    )
+    dataclasses.replace(results, runs=runs, scores=scores).write(experiment.results)
+    write_report(experiment, [3, 6])
+    text = (experiment.results / "report.md").read_text()
+    assert "(best: `cpcseg`)" in text  # `vaeseg` has too few seeds to decide anything
+    assert claim(text, 3) == "holds"
+
+
+def test_a_lucky_seed_does_not_choose_the_best(make_experiment, make_results):
+    experiment = make_experiment("encdec", "cpcseg", "vaeseg")
+    first = make_results({"encdec": 0.2, "vaeseg": 0.2}, num_seeds=1)  # an easy seed
+    rest = make_results({"encdec": 0.0, "cpcseg": 0.03}, num_seeds=2)
+    runs = {**{k: r for k, r in rest.runs.items() if k[2] == 1}, **first.runs}
+    scores = {key: {**rest.scores, **first.scores}[key] for key in runs}
+    results = dataclasses.replace(rest, runs=runs, scores=scores)
+    best = Contest(experiment, results, str, [3, 6]).best()
+    assert best is not None
+    assert best.name == "cpcseg"
+
+
+def test_costs_by_processor(make_experiment, make_results):
+    experiment = make_experiment("encdec", "cpcseg")
+    results = make_results({"encdec": 0, "cpcseg": 0.1}, counts=(3,), cpu_seconds={"cpcseg": 20.0})
+    key = ("cpcseg", 3, 1)
+    other = dataclasses.replace(results.runs[key], cpu_seconds=50.0, processor="slow")
+    key = ("cpcseg", 3, 2)
+    longer = dataclasses.replace(results.runs[key], cpu_seconds=30.0)
+    dataclasses.replace(results, runs={**results.runs, other.key: other, longer.key: longer}).write(
+        experiment.results
+    )
+    write_report(experiment, [3])
+    text = (experiment.results / "report.md").read_text()
+    assert "| `cpcseg` | 4 | 2 | none, 1 | 10 (10 to 10) | 25 (20 to 30) | 1000 |" in text
+    assert "| `cpcseg` | 4 | 1 | slow, 1 | 10 | 50 | 1000 |" in text
+    (comparison,) = Contest(experiment, Results.read(experiment.results), str, [3]).equal_steps
+    assert comparison.time_ratio == 25 / 8
+
+
 def test_two_seeds_decide_nothing(report):
     text, _ = report(GAINS, num_seeds=2)
     assert {claim(text, number) for number in (1, 2, 3)} == {"not decided"}
@@ -173,7 +241,7 @@ def test_equal_time(report):
 
 
 def test_times_of_different_processors_are_not_compared(make_experiment, make_results):
-    """Seed 0 of `cpcseg` took 3 times as long as its reference, seed 1 on another processor."""
+    """Seed 0 of `cpcseg` took 3 times as long as `encdec`, seed 1 ran on another processor."""
     experiment = make_experiment("encdec", "cpcseg")
     results = make_results(
         {"encdec": 0, "cpcseg": 0.1}, counts=(3,), num_seeds=2, cpu_seconds={"cpcseg": 24.0}

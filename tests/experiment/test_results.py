@@ -8,6 +8,7 @@ import pytest
 
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.results import Results
+from tfmtseg.metrics.scores import CaseScores
 
 
 def test_written_and_read_back_to_the_last_digit(make_results, tmp_path):
@@ -57,3 +58,29 @@ def test_other_test_or_labelled_cases_are_refused(make_results):
         results.with_run(run, scores[:-1], prior)
     with pytest.raises(InputError, match="labelled cases is others"):
         results.with_run(run, scores, (*prior[:-1], scores[-1]))
+
+
+@pytest.mark.parametrize("file", ["runs.csv", "cases.csv"])
+@pytest.mark.parametrize("damage", ["a column", "a line"])
+def test_damaged_tables(make_results, tmp_path, file, damage):
+    make_results({"encdec": 0.0}, num_seeds=1).write(tmp_path)
+    lines = (tmp_path / file).read_text().splitlines()
+    if damage == "a column":  # as of an earlier version
+        lines = [line.rpartition(",")[0] for line in lines]
+    else:
+        lines.insert(1, "<<<<<<< HEAD")
+    (tmp_path / file).write_text("\n".join(lines) + "\n")
+    with pytest.raises(
+        InputError, match=rf"{tmp_path}: runs\.csv or cases\.csv is damaged .* Fix: "
+    ):
+        Results.read(tmp_path)
+
+
+def test_classes_of_another_run(make_results):
+    results = make_results({"encdec": 0.0}, num_seeds=1, counts=(3,))
+    scores = [
+        CaseScores(case.case, {"a": case.regions["a"]}) for case in results.scores["encdec", 3, 0]
+    ]
+    run = dataclasses.replace(results.runs["encdec", 3, 0], arm="cpcseg")
+    with pytest.raises(InputError, match="classes is others"):
+        results.with_run(run, scores, results.scores["shape_prior", 3, 0])

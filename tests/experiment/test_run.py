@@ -204,6 +204,21 @@ def test_other_cases_are_told_and_do_not_stop_the_others(make_experiment, tools,
     assert {runs[0].key, runs[2].key} <= set(Results.read(experiment.results).runs)
 
 
+def test_a_run_of_an_earlier_version_does_not_stop_the_others(make_experiment, tools, capsys):
+    """Its result.json lacks what this version wants to know."""
+    experiment = make_experiment("encdec", "sscpcseg")
+    runs = all_runs(experiment)
+    train = (tools / "train.py").read_text()
+    (tools / "train.py").write_text(
+        train.replace(
+            '"code": "abc"', '**({"code": "abc"} if flags["method"] == "sscpcseg" else {})'
+        )
+    )
+    assert make_runs(experiment, runs, parallel=2, tools=tools) == [runs[0]]
+    assert "finished run is unreadable (KeyError: 'code')" in capsys.readouterr().err
+    assert runs[1].key in Results.read(experiment.results).runs
+
+
 def test_one_experiment_at_a_time(make_experiment, tools, monkeypatch):
     monkeypatch.setattr(run_module, "_PATIENCE_SECONDS", 0)
     experiment = make_experiment("encdec")

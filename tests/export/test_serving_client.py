@@ -6,9 +6,11 @@ TensorFlow Serving, with which none of this was run.
 
 from __future__ import annotations
 
+import http.server
 import importlib.util
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import nibabel as nib
@@ -101,3 +103,27 @@ def test_refusals_are_told(ports, client, protocol):
         predict(server, "exclusive", voxels, 60)
     with pytest.raises(InputError, match="must be a label map"):
         predict("127.0.0.1:9", "exclusive", voxels, 60)  # nobody listens there
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b'{"outputs": {}}', b"[]", b'{"outputs": 3}'])
+def test_answers_of_another_server(client, answer):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request).start()
+        with pytest.raises(InputError, match="answer is something else"):
+            client.predict_rest(f"127.0.0.1:{server.server_port}", "m", np.ones((2, 2, 2, 1)), 60)
+
+
+def test_grpc_without_its_packages(client, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
+    with pytest.raises(InputError, match=r"grpc without its packages .* pip install '\.\[serving"):
+        client.predict_grpc("127.0.0.1:9", "m", np.ones((2, 2, 2, 1), np.float32), 60)

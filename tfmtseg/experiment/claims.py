@@ -3,8 +3,7 @@
 S1: `sscpcseg` is better than every other method of the paper.
 S2: `sscpcseg` is better than itself without its contrastive loss, which is `encdec`.
 S3: the best method is at least 1.5 points better than `encdec`, and better than its own
-control, which is the same without its contrastive loss. Of a method without such a loss
-`encdec` is the control.
+control, see `Arm.control`.
 """
 
 from __future__ import annotations
@@ -17,15 +16,16 @@ from math import log
 import numpy as np
 
 from tfmtseg.experiment.plan import (
-    CONTROLS,
+    BASELINE,
     KNOWN_ARMS,
     Arm,
     Experiment,
     Kind,
     count_text,
+    kind_text,
     parse_settings,
 )
-from tfmtseg.experiment.results import Results, RunResult
+from tfmtseg.experiment.results import Results
 from tfmtseg.experiment.statistics import (
     bootstrap_interval,
     holm,
@@ -33,7 +33,6 @@ from tfmtseg.experiment.statistics import (
     wilcoxon_p,
 )
 
-BASELINE = "encdec"
 PAPER_METHODS = ("encdec", "vaeseg", "boundseg", "cpcseg", "ssvaeseg", "sscpcseg")
 CLAIMED = "sscpcseg"
 MARGIN = 0.015  # of S3, mean Dice
@@ -58,8 +57,8 @@ class Comparison:
         high: Upper end.
         p: Of the signed-rank test over subjects, each averaged over seeds and cases.
         p_holm: Corrected for the number of comparisons of the table it stands in.
-        time_ratio: Processor time of the arm's training over that of the reference, of the
-            seeds at which both ran on processors of one name; `None` if there are none.
+        time_ratio: Processor time of the arm's trainings over that of the reference's, see
+            `time_ratio`.
     """
 
     arm: str
@@ -119,16 +118,21 @@ def compare(
         high=high,
         p=p,
         p_holm=p,
-        time_ratio=_time_ratio(
-            results.of(arm, num_labeled, seeds), results.of(reference, other, seeds)
-        ),
+        time_ratio=time_ratio(results, arm, reference),
     )
 
 
-def _time_ratio(runs: Sequence[RunResult], references: Sequence[RunResult]) -> float | None:
-    alike = [(a, b) for a, b in zip(runs, references, strict=True) if a.processor == b.processor]
-    reference = sum(b.cpu_seconds for _, b in alike)
-    return sum(a.cpu_seconds for a, _ in alike) / reference if reference else None
+def time_ratio(results: Results, arm: str, reference: str) -> float | None:
+    """Processor time of a training of one arm over that of another.
+
+    The median over all runs of each, whatever their labels and seeds, because what else a
+    machine does shows in single ones; mean over the places (a processor's name, and how many
+    runs it did at once) where both were run. `None` if there are none.
+    """
+    times = [results.cpu_seconds(name) for name in (arm, reference)]
+    ratios = [np.median(times[0][place]) / np.median(times[1][place]) for place in times[0]
+              if place in times[1]]  # fmt: skip
+    return float(np.mean(ratios)) if ratios else None
 
 
 class Contest:
@@ -164,20 +168,21 @@ class Contest:
                 return arm
         return None
 
-    def reference(self, known: str, steps: int) -> str:
-        """The name of the arm that is a known one and made so many updates, if there is one."""
-        arm = self.find(kind_of(known), steps)
-        return arm.name if arm else known
+    def name_of(self, kind: Kind, steps: int) -> str:
+        """The name of the arm of a kind that made so many updates; what it would be, without."""
+        arm = self.find(kind, steps)
+        return arm.name if arm else kind_text(kind)
 
     def _equal_steps(self) -> list[Comparison]:
         comparisons = []
         for arm in self.arms:
             steps = self.experiment.steps(arm)
-            names = references(arm)
+            kinds = references(arm)
             if arm.kind == kind_of(CLAIMED):
-                names += [name for name in PAPER_METHODS if name not in (CLAIMED, *names)]
-            for name in names:
-                reference = self.find(kind_of(name), steps)
+                others = map(kind_of, PAPER_METHODS)
+                kinds += [kind for kind in others if kind not in (arm.kind, *kinds)]
+            for kind in kinds:
+                reference = self.find(kind, steps)
                 if reference is not None:
                     comparisons += [
                         compare(self.results, self.subject, arm.name, reference.name, count)
@@ -190,8 +195,8 @@ class Contest:
         comparisons: list[Comparison | None] = []
         lacking: list[str] = []
         for arm in self.arms:
-            for name in references(arm):
-                candidates = [other for other in self.arms if other.kind == kind_of(name)]
+            for kind in references(arm):
+                candidates = [other for other in self.arms if other.kind == kind]
                 alone = []
                 for count in self.results.counts(arm.name):
                     found = [
@@ -207,51 +212,60 @@ class Contest:
                     else:
                         alone.append((closest, ratios[closest]))
                 if alone:
-                    lacking.append(self._suggestion(name, alone))
+                    lacking.append(self._suggestion(alone))
         return _corrected(comparisons), lacking
 
-    def _suggestion(self, known: str, closest: Sequence[tuple[Comparison, float]]) -> str:
-        """A copy of a known arm that would take as long as the arm of these comparisons."""
+    def _suggestion(self, closest: Sequence[tuple[Comparison, float]]) -> str:
+        """A copy of the reference that would take as long as the arm of these comparisons."""
         arms = self.experiment.arms
         reference = arms[closest[0][0].reference]
         every = self.experiment.settings.steps_per_epoch
         equal = np.mean([self.experiment.steps(arms[c.reference]) * ratio for c, ratio in closest])
         steps = max(every, round(float(equal) / every) * every)
         settings = {**reference.settings, "train_steps": steps}
-        copy = Arm(f"{known}_{steps}", reference.method, settings)
+        copy = Arm(f"{reference.method}_{steps}", reference.method, settings)
         counts = ", ".join(count_text(c.num_labeled) for c, _ in closest)
+        known = kind_text(reference.kind)
         return (
             f"`{closest[0][0].arm}` against `{known}` at {counts} labelled: no `{known}` took as "
             f"long; `--arms={copy.definition}` would"
         )
 
     def best(self) -> Arm | None:
-        """The arm with the highest mean at few labels, at the steps of the settings.
+        """The arm that gains most over `encdec` at few labels, at the steps of the settings.
+
+        Gains are over the seeds that both have; where an arm has enough seeds to decide
+        something, those with fewer do not count.
 
         It is chosen by the test cases it is then judged on; the correction for the
         number of comparisons covers this, the intervals do not.
         """
         controls = [kind_of(name) for name in KNOWN_ARMS]
-        candidates = [
-            arm
+        steps = self.experiment.settings.train_steps
+        baseline = self.name_of(kind_of(BASELINE), steps)
+        found = {
+            arm: self.at_few(arm.name, [baseline])
             for arm in self.arms
-            if self.experiment.steps(arm) == self.experiment.settings.train_steps
+            if self.experiment.steps(arm) == steps
             and arm.method != BASELINE
             and arm.kind not in controls
             and arm.differs_in_task_alone
-            and self.few
-            and all(self.results.seeds(arm.name, count) for count in self.few)
-        ]
-        return max(candidates, key=self._mean_at_few, default=None)
-
-    def _mean_at_few(self, arm: Arm) -> float:
-        return float(
-            np.mean(
-                [
-                    self.results.dice(arm.name, count, self.results.seeds(arm.name, count)).mean()
-                    for count in self.few
-                ]
-            )
+        }
+        complete = {
+            arm: evidence.comparisons
+            for arm, evidence in found.items()
+            if evidence.comparisons and not evidence.missing
+        }
+        decided = {
+            arm: comparisons
+            for arm, comparisons in complete.items()
+            if min(c.seeds for c in comparisons) >= MIN_SEEDS
+        }
+        candidates = decided or complete
+        return max(
+            candidates,
+            key=lambda arm: float(np.mean([c.difference for c in candidates[arm]])),
+            default=None,
         )
 
     def at_few(self, arm: str, references: Iterable[str]) -> Evidence:
@@ -299,13 +313,9 @@ class Evidence:
         return "holds"
 
 
-def references(arm: Arm) -> list[str]:
-    """Known arms that an arm is measured against: `encdec`, and its control.
-
-    The control differs from the arm by the second task alone.
-    """
-    names = dict.fromkeys([BASELINE, CONTROLS.get(arm.method, BASELINE)])
-    return [name for name in names if kind_of(name) != arm.kind]
+def references(arm: Arm) -> list[Kind]:
+    """Kinds of arms that an arm is measured against: `encdec`, and its control."""
+    return [kind for kind in dict.fromkeys([kind_of(BASELINE), arm.control]) if kind != arm.kind]
 
 
 def kind_of(known: str) -> Kind:

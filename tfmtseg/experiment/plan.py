@@ -35,12 +35,16 @@ SHAPE_PRIOR = "shape_prior"
 # Arms that are a method with settings. A branch of weight 0 changes no bit of encoder and
 # decoder (tests/models/test_segmenter.py), so that `control_a` is `encdec` at a higher price.
 KNOWN_ARMS = {"control_a": "sscpcseg:branch_weight=0"}
-# What the gain of a method's second task is measured against; `encdec` for the others.
+# What every arm is measured against.
+BASELINE = "encdec"
+# What the gain of a method's contrast is measured against; `encdec` for the others.
 CONTROLS = {"bcpcpcseg": "bcp"}
+CONTRAST_SETTINGS = {
+    "branch_weight", "contrastive_form", "cube_size", "negatives", "predictor_blocks",
+}  # fmt: skip
 # Settings of the second task alone. Arms that differ in others too, such as the width, are
 # no rivals: the claims are about the second task.
-TASK_SETTINGS = {
-    "branch_weight", "contrastive_form", "cube_size", "negatives", "predictor_blocks",
+TASK_SETTINGS = CONTRAST_SETTINGS | {
     "pseudo_label_weight", "teacher_momentum", "teacher_start", "unlabeled_per_step",
 }  # fmt: skip
 # What the experiment itself sets for each run.
@@ -70,6 +74,17 @@ class Arm:
         return self.method, tuple(sorted(rest.items()))
 
     @property
+    def control(self) -> Kind:
+        """The kind of the arm that differs by the contrast alone; else, by the second task."""
+        own = CONTRAST_SETTINGS if self.method in CONTROLS else TASK_SETTINGS
+        rest = {
+            name: value
+            for name, value in self.settings.items()
+            if name not in own and name != "train_steps"
+        }
+        return CONTROLS.get(self.method, BASELINE), tuple(sorted(rest.items()))
+
+    @property
     def differs_in_task_alone(self) -> bool:
         """Whether all settings but the second task's, and the steps, are those of all runs."""
         return {*self.settings} <= {*TASK_SETTINGS, "train_steps"}
@@ -77,9 +92,14 @@ class Arm:
     @property
     def definition(self) -> str:
         """The arm as `--arms` takes it."""
-        settings = [f"{name}={_text(value, '/')}" for name, value in self.settings.items()]
-        body = ":".join([self.method, *settings])
+        body = kind_text((self.method, tuple(self.settings.items())))
         return self.name if body == KNOWN_ARMS.get(self.name, self.name) else f"{self.name}={body}"
+
+
+def kind_text(kind: Kind) -> str:
+    """A method and settings as `--arms` takes them."""
+    method, settings = kind
+    return ":".join([method, *(f"{name}={_text(value, '/')}" for name, value in settings)])
 
 
 def _text(value: Any, separator: str) -> str:
@@ -177,8 +197,10 @@ def parse_counts(texts: Sequence[str]) -> list[int]:
     """The inverse of `count_text`, for each text.
 
     Raises:
-        InputError: If one is neither a number above 0 nor `all`.
+        InputError: If one is neither a number above 0 nor `all`, or there are none.
     """
+    if not texts:
+        raise InputError("--num_labeled", "value", "empty", "such as 3,6,all", "name some")
     for text in texts:
         if text != "all" and not (text.isdecimal() and int(text) > 0):
             raise InputError(
@@ -191,8 +213,10 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
     """Seeds from texts.
 
     Raises:
-        InputError: If one is no number.
+        InputError: If one is no number, or there are none.
     """
+    if not texts:
+        raise InputError("--seeds", "value", "empty", "such as 0,1,2", "name some")
     for text in texts:
         if not text.isdecimal():
             raise InputError("--seeds", "value", repr(text), "a number", "correct it")
@@ -297,11 +321,17 @@ class Experiment:
         settings = TrainConfig.from_mapping(read_settings(files[0]), str(files[0]))
         content = read_yaml(files[1])
         arms = {}
-        for name, arm in content["arms"].items():
-            config = TrainConfig.from_mapping(arm["settings"], str(files[1]))
-            values = {setting: getattr(config, setting) for setting in arm["settings"]}
-            arms[name] = Arm(name, arm["method"], values)
-        return cls(directory, settings, arms, content["threads"])
+        try:
+            for name, arm in content["arms"].items():
+                config = TrainConfig.from_mapping(arm["settings"], str(files[1]))
+                values = {setting: getattr(config, setting) for setting in arm["settings"]}
+                arms[name] = Arm(name, arm["method"], values)
+            return cls(directory, settings, arms, int(content["threads"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                files[1], "experiment", f"damaged ({type(error).__name__}: {error})",
+                "as tools/label_efficiency.py wrote it", "bring back the file, as from git",
+            ) from None  # fmt: skip
 
 
 def read_base_settings(

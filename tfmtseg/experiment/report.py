@@ -24,7 +24,6 @@ import numpy as np
 from tfmtseg.data.splits import subject_of
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.claims import (
-    BASELINE,
     CLAIMED,
     MARGIN,
     MIN_SEEDS,
@@ -34,9 +33,11 @@ from tfmtseg.experiment.claims import (
     Contest,
     Evidence,
     compare,
+    kind_of,
     references,
 )
 from tfmtseg.experiment.plan import (
+    BASELINE,
     SHAPE_PRIOR,
     Arm,
     Experiment,
@@ -117,16 +118,14 @@ def _table(contest: Contest) -> list[dict[str, Any]]:
                     f"dice_{region}_std": _spread(region_dice),
                     f"hd95_mm_{region}": float(region_hd95_mm.mean()),
                     f"hd95_mm_{region}_std": _spread(region_hd95_mm),
-                    f"empty_prediction_{region}": sum(
-                        s.empty_prediction for r in scores for s in r
+                    f"present_{region}": sum(not s.empty_truth for r in scores for s in r),
+                    f"missed_{region}": sum(
+                        s.empty_prediction and not s.empty_truth for r in scores for s in r
                     ),
-                    f"empty_truth_{region}": sum(s.empty_truth for r in scores for s in r),
                 }
             row |= {
                 "hd95_mm_mean": float(np.mean(hd95_mm)),
                 "hd95_mm_std": _spread(np.mean(hd95_mm, axis=0)),
-                "seconds": round(float(np.mean([run.seconds for run in runs])), 1),
-                "cpu_seconds": round(float(np.mean([run.cpu_seconds for run in runs])), 1),
                 "memory_mib": max(run.memory_mib for run in runs),
                 "parameters": runs[0].parameters,
             }
@@ -155,6 +154,7 @@ def _arm_names(contest: Contest) -> list[str]:
 
 def _diagram(contest: Contest, rows: Sequence[dict[str, Any]]) -> bytes:
     counts = [count_text(count) for count in contest.results.counts()]
+    most = {n: max(row["seeds"] for row in rows if row["num_labeled"] == n) for n in counts}
     lines = []
     for arm in _arm_names(contest):
         mine = [row for row in rows if row["arm"] == arm]
@@ -165,10 +165,14 @@ def _diagram(contest: Contest, rows: Sequence[dict[str, Any]]) -> bytes:
                 means=[row["dice_mean"] for row in mine],
                 intervals=[(row["dice_low"], row["dice_high"]) for row in mine],
                 dashed=arm == SHAPE_PRIOR,
+                hollow=[row["seeds"] < most[row["num_labeled"]] for row in mine],
             )
         )
     return draw_label_efficiency(
-        lines, counts, f"labelled {_unit(contest)}", "mean Dice score, 95 % interval"
+        lines,
+        counts,
+        f"labelled {_unit(contest)}",
+        "mean Dice score, 95 % interval; hollow: fewer seeds",
     )
 
 
@@ -182,7 +186,7 @@ def _report(contest: Contest, rows: Sequence[dict[str, Any]], notes: str) -> str
         _claims(contest),
         _scores(contest, rows),
         _differences(contest),
-        _costs(rows),
+        _costs(contest),
         _method(contest),
         _commands(contest),
     ]
@@ -231,14 +235,15 @@ def _claims(contest: Contest) -> str:
     lines = ["## Claims", ""]
     few = " and ".join(map(count_text, contest.few))
     steps = contest.experiment.settings.train_steps
-    ours = contest.reference(CLAIMED, steps)
-    others = [contest.reference(name, steps) for name in PAPER_METHODS if name != CLAIMED]
+    ours = contest.name_of(kind_of(CLAIMED), steps)
+    others = [contest.name_of(kind_of(name), steps) for name in PAPER_METHODS if name != CLAIMED]
     s1 = contest.at_few(ours, others)
-    s2 = contest.at_few(ours, [contest.reference(BASELINE, steps)])
+    s2 = contest.at_few(ours, [contest.name_of(kind_of(BASELINE), steps)])
     lines += [
         f"Judged with {few} labelled {_unit(contest)}, at equal steps. A difference counts as a "
         "gain if its 95 % interval lies above 0 and its corrected p-value is below .05. A claim "
-        "holds if all its differences are gains, does not hold if the interval of one lies below "
+        f"holds if all its differences are gains (and in S3 those to `{BASELINE}` are "
+        f"{100 * MARGIN:g} points or more), does not hold if the interval of one lies below "
         "what is claimed, and is not shown if neither is so; with fewer than "
         f"{MIN_SEEDS} seeds nothing is decided.",
         "",
@@ -264,11 +269,8 @@ def _third_claim(contest: Contest) -> list[str]:
         missing = [f"a method beside `encdec` at {few} labelled"]
         return _claim(title, "not decided", Evidence([], missing))
     steps = contest.experiment.steps(best)
-    baseline = contest.reference(BASELINE, steps)
-    evidence = contest.at_few(
-        best.name, [contest.reference(name, steps) for name in references(best)]
-    )
-
+    baseline = contest.name_of(kind_of(BASELINE), steps)
+    evidence = contest.at_few(best.name, [contest.name_of(k, steps) for k in references(best)])
     verdict = evidence.verdict(lambda c: MARGIN if c.reference == baseline else 0)
     lines = _claim(f"{title} (best: `{best.name}`)", verdict, evidence)
     return lines + _labels_saved(contest, best)
@@ -276,7 +278,7 @@ def _third_claim(contest: Contest) -> list[str]:
 
 def _labels_saved(contest: Contest, best: Arm) -> list[str]:
     """The best method with few labels against `encdec` with more."""
-    baseline = contest.reference(BASELINE, contest.experiment.steps(best))
+    baseline = contest.name_of(kind_of(BASELINE), contest.experiment.steps(best))
     found = [
         compare(contest.results, contest.subject, best.name, baseline, count, more)
         for count in contest.few
@@ -317,7 +319,9 @@ def _scores(contest: Contest, rows: Sequence[dict[str, Any]]) -> str:
     lines = [
         "## Scores",
         "",
-        "Mean Dice score over the classes: mean ± standard deviation over seeds (number of seeds).",
+        "Mean Dice score over the classes: mean ± standard deviation over seeds (number of seeds). "
+        "Seeds differ, in the labelled cases that they draw above all: arms with other numbers of "
+        "seeds are compared under Differences, on the seeds that both have, and not here.",
         "",
         f"| arm | {' | '.join(counts)} |",
         "|---|" + "---|" * len(counts),
@@ -329,17 +333,21 @@ def _scores(contest: Contest, rows: Sequence[dict[str, Any]]) -> str:
     heads = [f"Dice {name}" for name in results.regions]
     heads += [f"HD95 {name}, mm" for name in results.regions]
     lines += [
-        "By class; an empty prediction has the HD95 of the volume's diagonal, and is counted.",
+        "By class. Missed: nothing was predicted where there is something; the HD95 is the "
+        "volume's diagonal then.",
         "",
-        f"| arm | labelled | {' | '.join(heads)} | empty predictions |",
+        f"| arm | labelled | {' | '.join(heads)} | missed |",
         "|---|---|" + "---|" * (len(heads) + 1),
     ]
     for row in rows:
         names = results.regions
         values = [_with_spread(row[f"dice_{n}"], row[f"dice_{n}_std"], 3) for n in names]
         values += [_with_spread(row[f"hd95_mm_{n}"], row[f"hd95_mm_{n}_std"], 2) for n in names]
-        empty = sum(row[f"empty_prediction_{name}"] for name in names)
-        lines.append(f"| `{row['arm']}` | {row['num_labeled']} | {' | '.join(values)} | {empty} |")
+        missed, present = (
+            sum(row[f"{what}_{name}"] for name in names) for what in ("missed", "present")
+        )
+        values.append(f"{missed} of {present}")
+        lines.append(f"| `{row['arm']}` | {row['num_labeled']} | {' | '.join(values)} |")
     return "\n".join(lines)
 
 
@@ -347,8 +355,9 @@ def _differences(contest: Contest) -> str:
     lines = [
         "## Differences",
         "",
-        "Every arm minus `encdec` and minus its control, in points of mean Dice; gains, losses "
-        "and nulls alike. Beside the interval, the difference of each seed.",
+        "Every arm minus `encdec` and minus its control, which is the same without the contrast, "
+        "in points of mean Dice; gains, losses and nulls alike. Beside the interval, the "
+        "difference of each seed.",
         "",
         "### At equal steps",
         "",
@@ -357,8 +366,8 @@ def _differences(contest: Contest) -> str:
         "### At equal time",
         "",
         f"With the reference whose training took as much processor time, to "
-        f"{100 * TIME_TOLERANCE:g} %; longer or shorter copies of the reference count, each with "
-        "its own learning rate schedule.",
+        f"{100 * TIME_TOLERANCE:g} % of the medians over all runs; longer or shorter copies of the "
+        "reference count, each with its own learning rate schedule.",
         "",
         *(_comparison_table(contest.equal_time) or ["None."]),
     ]
@@ -383,33 +392,40 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
     ]
 
 
-def _costs(rows: Sequence[dict[str, Any]]) -> str:
+def _costs(contest: Contest) -> str:
     lines = [
         "## Costs",
         "",
-        "Of one training, mean over seeds. Processor seconds are what the comparisons at equal "
-        "time go by, between runs on processors of one name; seconds depend on what else the "
-        "machine did.",
+        "Of one training, the median over runs, and from the least to the most. Only rows of one "
+        "processor and as many runs side by side compare; comparisons at equal time go by their "
+        "processor seconds.",
         "",
-        "| arm | labelled | steps | seconds | processor seconds | memory, MiB | parameters |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | steps | runs | processor, side by side | seconds | processor seconds "
+        "| memory, MiB | parameters |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        if row["arm"] != SHAPE_PRIOR:
+    for arm in contest.arms:
+        runs = [run for run in contest.results.runs.values() if run.arm == arm.name]
+        for place in sorted({(run.processor, run.side_by_side) for run in runs}):
+            here = [run for run in runs if (run.processor, run.side_by_side) == place]
             lines.append(
-                f"| `{row['arm']}` | {row['num_labeled']} | {row['train_steps']} "
-                f"| {row['seconds']:.0f} | {row['cpu_seconds']:.0f} | {row['memory_mib']} "
-                f"| {row['parameters'] / 1e6:.2f} million |"
+                f"| `{arm.name}` | {here[0].train_steps} | {len(here)} | {place[0]}, {place[1]} "
+                f"| {_range([run.seconds for run in here])} "
+                f"| {_range([run.cpu_seconds for run in here])} "
+                f"| {max(run.memory_mib for run in here)} "
+                f"| {here[0].parameters / 1e6:.2f} million |"
             )
     return "\n".join(lines)
 
 
 def _method(contest: Contest) -> str:
+    averaging = contest.experiment.settings.weight_averaging
+    weights = "those" if averaging == "none" else f"the averaged ones ({averaging})"
     return (
         "## How this was computed\n\n"
         "All arms of one seed and number of labelled cases train on the same labelled cases, and "
         "a smaller number is part of a larger one; test cases are the same throughout, and no "
-        "label of them is opened in training. Weights are the averaged ones after the last step: "
+        f"label of them is opened in training. Weights are {weights} after the last step: "
         "no training was stopped early, and no weights were chosen by a score. Intervals: "
         "hierarchical bootstrap with "
         f"{REPLICATES:,} replicates, which draws seeds, then subjects, then cases of each subject; "
@@ -505,6 +521,11 @@ def _points(difference: float) -> str:
 
 def _interval(comparison: Comparison) -> str:
     return f"{_points(comparison.low)} to {_points(comparison.high)}"
+
+
+def _range(values: Sequence[float]) -> str:
+    text = f"{np.median(values):.0f}"
+    return text if len(values) == 1 else f"{text} ({min(values):.0f} to {max(values):.0f})"
 
 
 def _p(value: float) -> str:

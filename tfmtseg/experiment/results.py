@@ -41,7 +41,8 @@ class RunResult:
         seed: Of the run.
         train_steps: Updates.
         seconds: Wall-clock time of the training.
-        cpu_seconds: Its processor time, which other work on the machine hardly changes.
+        cpu_seconds: Its processor time. Other work on the machine, with which it shares
+            caches, makes it longer too, though less than the wall-clock time.
         evaluation_seconds: Wall-clock time of the evaluation.
         memory_mib: Highest memory of the two; 0 if unknown.
         parameters: Trainable weights, the second task's included.
@@ -97,6 +98,14 @@ class Results:
         """The runs of an arm with so many labelled cases."""
         return [self.runs[arm, num_labeled, seed] for seed in seeds]
 
+    def cpu_seconds(self, arm: str) -> dict[tuple[str, int], list[float]]:
+        """Processor time of an arm's trainings by processor and runs side by side."""
+        found: dict[tuple[str, int], list[float]] = {}
+        for run in self.runs.values():
+            if run.arm == arm:
+                found.setdefault((run.processor, run.side_by_side), []).append(run.cpu_seconds)
+        return found
+
     @property
     def regions(self) -> tuple[str, ...]:
         """Names of the classes."""
@@ -124,14 +133,20 @@ class Results:
             prior: Those of the shape prior made from the same labelled cases.
 
         Raises:
-            InputError: If the test cases are not those of the other runs, or the shape
-                prior tells that the labelled cases are not.
+            InputError: If the test cases or classes are not those of the other runs, or the
+                shape prior tells that the labelled cases are not.
         """
         prior_key = (SHAPE_PRIOR, run.num_labeled, run.seed)
         known = self.scores.get(prior_key, tuple(prior))
         cases = tuple(case.case for case in scores)
-        if not _alike(known, prior) or (self.scores and cases != self.cases):
-            what = "test cases" if self.scores and cases != self.cases else "labelled cases"
+        same = {
+            "test cases": not self.scores or cases == self.cases,
+            "classes": not self.scores or tuple(scores[0].regions) == self.regions,
+            "labelled cases": _alike(known, prior),
+        }
+        for what, holds in same.items():
+            if holds:
+                continue
             raise InputError(
                 f"run {run.arm}, {count_text(run.num_labeled)} labelled, seed {run.seed}", what,
                 "others", "those of the other runs",
@@ -169,9 +184,23 @@ class Results:
 
     @classmethod
     def read(cls, directory: Path) -> Results:
-        """The inverse of `write`; nothing if there are no files yet."""
+        """The inverse of `write`; nothing if there are no files yet.
+
+        Raises:
+            InputError: If a file is damaged.
+        """
         if not (directory / "runs.csv").exists():
             return cls({}, {})
+        try:
+            return cls._read(directory)
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                directory, "runs.csv or cases.csv", f"damaged ({type(error).__name__}: {error})",
+                "as tools/label_efficiency.py wrote them", "bring back the files, as from git",
+            ) from None  # fmt: skip
+
+    @classmethod
+    def _read(cls, directory: Path) -> Results:
         kinds = {"str": str, "int": int, "float": float}
         runs = {}
         for row in _read_rows(directory / "runs.csv"):
@@ -207,13 +236,15 @@ def collect(
         directory: Its folder.
         memory_mib: Highest memory; 0 if unknown.
         side_by_side: Runs that the machine did at once.
+
+    Raises:
+        InputError: If its files cannot be read, or it does not belong to the others.
     """
     evaluation = directory / "evaluation" / "test"
-    result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
-    summary = json.loads((evaluation / "summary.json").read_text(encoding="utf-8"))
-    regions = list(summary["empty_truth"])
-    return results.with_run(
-        RunResult(
+    try:
+        result = json.loads((directory / "result.json").read_text(encoding="utf-8"))
+        summary = json.loads((evaluation / "summary.json").read_text(encoding="utf-8"))
+        made = RunResult(
             arm=run.arm.name,
             num_labeled=run.num_labeled,
             seed=run.seed,
@@ -228,10 +259,16 @@ def collect(
             tensorflow=result["tensorflow"],
             processor=result["processor"],
             code=result["code"],
-        ),
-        read_metrics(evaluation / "metrics.csv", regions),
-        read_metrics(evaluation / "shape_prior.csv", regions),
-    )
+        )
+        regions = list(summary["empty_truth"])
+        scores = read_metrics(evaluation / "metrics.csv", regions)
+        prior = read_metrics(evaluation / "shape_prior.csv", regions)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            directory, "finished run", f"unreadable ({type(error).__name__}: {error})",
+            "as this version trains and evaluates it", "remove the folder, to train it again",
+        ) from None  # fmt: skip
+    return results.with_run(made, scores, prior)
 
 
 def _alike(one: Sequence[CaseScores], other: Sequence[CaseScores]) -> bool:

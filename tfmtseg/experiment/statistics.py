@@ -19,8 +19,8 @@ def wilcoxon_p(differences: np.ndarray) -> float:
         differences: `(n,)`, independent of each other.
 
     Returns:
-        The exact value for up to 50 differences without ties or zeros, else that of the
-        normal approximation; 1 if all are 0.
+        As SciPy chooses: exact for few differences (up to 50 without ties and zeros), by the
+        normal approximation for many; 1 if all are 0.
 
     Reference:
         Wilcoxon, 1945. Individual comparisons by ranking methods.

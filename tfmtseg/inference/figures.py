@@ -132,6 +132,7 @@ class ScoreLine:
         places: Indices into the axis of numbers of cases.
         means: Mean score at each place.
         intervals: Lower and upper end at each place.
+        hollow: Whether the dot at each place is hollow.
         dashed: Whether the line is dashed.
     """
 
@@ -139,6 +140,7 @@ class ScoreLine:
     places: Sequence[int]
     means: Sequence[float]
     intervals: Sequence[tuple[float, float]]
+    hollow: Sequence[bool]
     dashed: bool = False
 
 
@@ -162,6 +164,11 @@ def draw_label_efficiency(
         axes.plot(
             x, line.means, color=color, label=_plain(line.label), marker="o", markersize=4,
             linewidth=1.2, linestyle=(0, (3, 2)) if line.dashed else "-",
+        )  # fmt: skip
+        few = np.array(line.hollow, bool)
+        axes.plot(
+            x[few], np.array(line.means)[few], color=color, marker="o", markersize=4,
+            linestyle="", markerfacecolor="white", zorder=3,
         )  # fmt: skip
         axes.vlines(x, low, high, color=color, linewidth=1.2, alpha=0.7)
     axes.set_xticks(range(len(counts)), counts)

@@ -445,7 +445,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
             path, "settings file", f"unreadable ({type(error).__name__})", "a YAML file",
-            "correct --config_file",
+            "correct the file, or the flag that names it",
         ) from None  # fmt: skip
     if not isinstance(values, dict):
         raise InputError(
