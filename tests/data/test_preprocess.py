@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
-from tfmtseg.data.preprocess import STEP, background_value, normalize
+from tfmtseg.data.preprocess import STEP, WORKING_BYTES, background_value, normalize
 from tfmtseg.errors import InputWarning
 
 SHAPE = (20, 22, 24)
@@ -103,3 +105,14 @@ class TestNormalize:
         values = normalize((body(0) * np.float32(1e36))[..., None]).values()
         assert np.isfinite(values).all()
         assert values.std() > 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_memory(channels):
+    """Predictions of large images are refused by this number."""
+    voxels = np.random.default_rng(0).normal(size=(100, 100, 100, channels)).astype(np.float32)
+    tracemalloc.start()
+    normalize(voxels)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1.01 * 100**3 * (2 * channels + WORKING_BYTES)

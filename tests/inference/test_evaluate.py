@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 from tfmtseg.data.cases import read_data_folder
-from tfmtseg.data.nifti import read_geometry
+from tfmtseg.data.nifti import Geometry, read_geometry
 from tfmtseg.data.preprocess import Normalized
 from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError, InputErrors
@@ -295,7 +295,7 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["one"])
     geometry = read_geometry(data / "imagesTr/half.nii.gz")
     # The image is padded to a window: 1 modality, 2 outputs and the weights.
-    image_gb = np.prod(geometry.ras_shape) * 18 / 1e9
+    image_gb = np.prod(geometry.ras_shape) * 6 / 1e9
     one = 0.5 + image_gb + 0.4 + window_gb + side**3 * 4 * 4 / 1e9
 
     def windows(limit: float) -> int:
@@ -310,3 +310,12 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     assert windows(0.0) == 2
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
     assert windows(one + 9 * window_gb) == 1
+
+    # Of a large image and a small window, reading and normalising take the most: 4 bytes a
+    # voxel, 2 and 24; then 6, and 4 for 2 outputs and the weights each.
+    large = Geometry.from_affine((1000, 100, 100), np.eye(4))
+    run.config.crop = (8, 8, 8)
+    monkeypatch.setattr(predict_module, "CALL_GB", 0.0)
+    assert predict_module.windows_per_call(run, {"large": large}, 0.5 + 0.3 + 1e-6) == 1
+    with pytest.raises(InputError, match="large: memory"):
+        predict_module.windows_per_call(run, {"large": large}, 0.5 + 0.3 - 1e-6)

@@ -23,6 +23,9 @@ STEP = CLIP / np.iinfo(np.int16).max
 PERCENTILES = (0.5, 99.5)  # statistics do not see beyond them
 BACKGROUND_SHARE = 0.5  # of the faces' voxels
 LEAST_STD = 1e-6  # relative to the values; below lies the rounding of float32
+# What `normalize` takes at its peak beside its argument and result, of a voxel of one
+# channel: three arrays of float64.
+WORKING_BYTES = 24
 
 
 def fingerprint() -> dict[str, Any]:
@@ -118,9 +121,9 @@ def normalize(voxels: np.ndarray, name: object = "image") -> Normalized:
             constant.append(i)
             continue
         mean, std = statistics
-        result[..., i] = _quantize((channel - mean) / std)
         pad = channel.min() if surround is None else surround
-        background[i] = _quantize(np.array((pad - mean) / std)) * np.float32(STEP)
+        background[i] = _quantize(np.array(pad), mean, std) * np.float32(STEP)
+        result[..., i] = _quantize(channel, mean, std)
     if constant:
         shown = ", ".join(str(i) for i in constant)
         warnings.warn(
@@ -137,8 +140,13 @@ def normalize(voxels: np.ndarray, name: object = "image") -> Normalized:
     )
 
 
-def _quantize(values: np.ndarray) -> np.ndarray:
-    return np.rint(np.clip(values, -CLIP, CLIP) / STEP).astype(np.int16)
+def _quantize(values: np.ndarray, mean: float, std: float) -> np.ndarray:
+    """The stored form of float64 `values`, in their place: volumes are large."""
+    values -= mean
+    values /= std
+    np.clip(values, -CLIP, CLIP, out=values)
+    values /= STEP
+    return np.rint(values, out=values).astype(np.int16)
 
 
 def _statistics(channel: np.ndarray, background: float) -> tuple[float, float] | None:
@@ -150,7 +158,7 @@ def _statistics(channel: np.ndarray, background: float) -> tuple[float, float] |
     foreground = channel[channel != background]
     if foreground.size:
         limits = np.percentile(foreground, PERCENTILES)
-        foreground = np.clip(foreground, *limits)
+        np.clip(foreground, *limits, out=foreground)
     for values in (foreground, channel):
         if values.size:
             mean, std = float(values.mean()), float(values.std())

@@ -103,7 +103,7 @@ def _contrast(
     branch = run.model.branch
     if branch is None or branch.learns_from == "labels" or "accuracy" not in branch.shown:
         return None
-    per_batch = run.config.unlabeled_per_step
+    per_batch = run.config.unlabeled_per_step or run.config.labeled_per_step
     sums: list[np.ndarray] = [
         tf.reduce_sum(branch.keys(_batch(run.model, images)), 0).numpy()
         for images, _ in _patches(run, training, per_batch, "Keys by place")

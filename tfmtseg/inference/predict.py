@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from tfmtseg.data.cases import Case, DataFolder, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_label_map
-from tfmtseg.data.preprocess import Normalized, normalize
+from tfmtseg.data.preprocess import WORKING_BYTES, Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors
 from tfmtseg.inference.sliding_window import host_bytes, sliding_window_logits
 from tfmtseg.memory import GB, available_memory_gb, resident_memory_gb
@@ -23,8 +23,9 @@ CALL_VOXELS = 96**3
 # What a call takes at its peak: in arrays of the size of the first level's features, and
 # for graph and threads whatever its size (measured: 4.1 to 5.7, and 0.1 to 0.4 GB).
 LIVE_FEATURES, CALL_GB = 6, 0.4
-# Of a voxel of an image: as read (float32), normalised in float64, kept as int16, float32.
-VOLUME_BYTES = 4 + 8 + 2 + 4
+# Of a voxel of one channel: while it is read, float32 of a part and of the whole; as it was
+# read and normalised; and as the network sees it, int16 and float32.
+READ_BYTES, BOTH_BYTES, SEEN_BYTES = 4 + 4, 4 + 2, 2 + 4
 
 
 def predict_folder(
@@ -104,8 +105,9 @@ def predict_case(run: Run, case: Case, batch_size: int = 1) -> tuple[np.ndarray,
         InputError: If the image cannot be used.
     """
     volume = read_image(case.images, num_modalities=len(run.modalities))
-    normalized = normalize(volume.voxels, case.images[0])
-    return predict_volume(run, normalized, batch_size), volume.geometry
+    normalized, geometry = normalize(volume.voxels, case.images[0]), volume.geometry
+    del volume  # as large as what the network sees
+    return predict_volume(run, normalized, batch_size), geometry
 
 
 def predict_volume(run: Run, volume: Normalized, batch_size: int = 1) -> np.ndarray:
@@ -151,9 +153,10 @@ def windows_per_call(
     def needed_gb(path: str) -> float:
         """Of one image with one window: as read and normalised, the sums, the network."""
         shape = geometries[path].ras_shape
-        volume = VOLUME_BYTES * channels * math.prod(shape)
-        sums = host_bytes(shape, window, channels, outputs)
-        return present + (volume + sums) / GB + CALL_GB + window_gb
+        voxels = math.prod(shape)
+        before = voxels * max(READ_BYTES * channels, BOTH_BYTES * channels + WORKING_BYTES)
+        after = voxels * SEEN_BYTES * channels + host_bytes(shape, window, channels, outputs)
+        return present + max(before / GB, after / GB + CALL_GB + window_gb)
 
     voxels = math.prod(window)
     window_gb = 4 * voxels * (LIVE_FEATURES * run.config.width + channels + outputs) / GB
