@@ -19,6 +19,6 @@ setup(
     },
     package_data={
         "tfmtseg.configs": ["*.yaml"],
-        "tfmtseg.cuda_ops": ["*.cc", "*.h", "*.inc", "*.cu", "*.cuh"],
+        "tfmtseg.cuda_ops": ["*.cc", "*.h", "*.cu", "*.cuh"],
     },
 )

@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_examples_run():
@@ -25,13 +27,28 @@ def test_links_lead_somewhere():
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
-def test_every_flag_and_tool_it_names_exists():
+def flags_of(tool: str) -> set[str]:
+    """What a script of tools/ takes."""
     from tfmtseg.training.config import TrainConfig
 
-    known = set(TrainConfig.__dataclass_fields__) | {
-        "arms", "config_file", "few", "helpfull", "images_dir", "max_memory_gb", "output_dir",
-        "parallel", "plan", "split",
-    }  # fmt: skip
-    assert set(re.findall(r"--([a-z_]+)", README)) <= known
-    for tool in re.findall(r"tools/([a-z_]+\.py)", README):
-        assert (ROOT / "tools" / tool).exists()
+    source = (ROOT / "tools" / f"{tool}.py").read_text(encoding="utf-8")
+    found = {*re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source), "help", "helpfull"}
+    found |= {
+        flag.replace("-", "_") for flag in re.findall(r'add_argument\(\s*"--([a-z-]+)"', source)
+    }
+    return found | set(TrainConfig.__dataclass_fields__) if tool == "train" else found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_and_tool_it_names_exists(document):
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"tools/(\w+)\.py([^\n`]*)", text)
+    for tool, arguments in commands:
+        assert (ROOT / "tools" / f"{tool}.py").exists(), tool
+        unknown = set(re.findall(r"--([a-z_]+)", arguments)) - flags_of(tool)
+        assert not unknown, f"tools/{tool}.py"
+    if document.name == "README.md":
+        assert len(commands) > 10
+        tools = [path.stem for path in (ROOT / "tools").glob("*.py")]
+        everywhere = set().union(*map(flags_of, tools))
+        assert set(re.findall(r"--([a-z_]+)", text)) <= everywhere

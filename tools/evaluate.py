@@ -1,27 +1,50 @@
-"""Scores a trained model on its test cases and writes a report."""
+"""Scores trained models on their test cases and writes reports."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
 from tfmtseg.console import flags_only, report_problems
-from tfmtseg.inference.evaluate import evaluate
+from tfmtseg.inference.evaluate import compare, evaluate, summarize_runs
 
-_MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
+_MODEL_DIR = flags.DEFINE_list(
+    "model_dir", None, "Folder of a training run, or of several.", required=True
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "development"], "Which cases to score.")
 _MAX_MEMORY_GB = flags.DEFINE_float(
     "max_memory_gb", 0.0, "What the process may take, in GB; 0: what is free.", lower_bound=0.0
 )
+_FLIPS = flags.DEFINE_bool(
+    "test_time_flips", False, "Whether mirrored images vote too, on the axes of the training."
+)
+_COMPARISON = flags.DEFINE_string(
+    "comparison", None, "HTML file to write about several runs, of the same test cases."
+)
 
 
 def _evaluate() -> None:
-    summary = evaluate(_MODEL_DIR.value, _SPLIT.value, _MAX_MEMORY_GB.value)
+    split = _SPLIT.value
+    for model_dir in _MODEL_DIR.value:
+        summary = evaluate(model_dir, split, _MAX_MEMORY_GB.value, _FLIPS.value)
+        _print_means(summary)
+        print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")
+        print(f"Report: {Path(model_dir) / 'evaluation' / split / 'report.html'}")
+    if len(_MODEL_DIR.value) > 1:
+        together = summarize_runs(_MODEL_DIR.value, split)
+        print(f"All {len(_MODEL_DIR.value)} runs, {together['num_cases']} cases")
+        _print_means(together)
+    if _COMPARISON.value:
+        compare(_MODEL_DIR.value, _COMPARISON.value, split)
+        print(f"Comparison: {_COMPARISON.value}")
+
+
+def _print_means(summary: Mapping[str, Any]) -> None:
     for column, value in summary["columns"].items():
         print(f"{column:28} {value['mean']:.4f} +- {value['std']:.4f}")
-    print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")
-    print(f"Report: {Path(_MODEL_DIR.value) / 'evaluation' / _SPLIT.value / 'report.html'}")
 
 
 def main(argv: list[str]) -> int:

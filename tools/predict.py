@@ -7,7 +7,9 @@ from absl import app, flags
 from tfmtseg.console import flags_only, report_problems
 from tfmtseg.inference.predict import predict_folder
 
-_MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
+_MODEL_DIR = flags.DEFINE_list(
+    "model_dir", None, "Folder of a training run, or of several: an ensemble.", required=True
+)
 _IMAGES_DIR = flags.DEFINE_string("images_dir", None, "Folder of images.", required=True)
 _OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the label maps.", required=True)
 _ALLOW_ROOT = flags.DEFINE_string(
@@ -15,6 +17,9 @@ _ALLOW_ROOT = flags.DEFINE_string(
 )
 _MAX_MEMORY_GB = flags.DEFINE_float(
     "max_memory_gb", 0.0, "What the process may take, in GB; 0: what is free.", lower_bound=0.0
+)
+_FLIPS = flags.DEFINE_bool(
+    "test_time_flips", False, "Whether mirrored images vote too, on the axes of the training."
 )
 
 
@@ -25,6 +30,7 @@ def _predict() -> None:
         _OUTPUT_DIR.value,
         allow_root=_ALLOW_ROOT.value,
         max_memory_gb=_MAX_MEMORY_GB.value,
+        flips=_FLIPS.value,
     )
     print(f"Wrote {len(written)} label maps to {_OUTPUT_DIR.value}")
 

@@ -50,6 +50,25 @@ class TestMakeSplits:
         everyone = [*splits.labeled, *splits.unlabeled, *splits.development, *splits.test]
         assert sorted(everyone) == NAMES
 
+    def test_folds_test_everybody_once(self):
+        groups = {name: "odd" if int(sides(name)) % 2 else "even" for name in NAMES}
+        folds = [self.make(num_folds=7, fold=fold, num_test=0, groups=groups) for fold in range(7)]
+        assert sorted(name for splits in folds for name in splits.test) == NAMES
+        for splits in folds:
+            subjects = {sides(name) for name in splits.test}
+            assert len(subjects) in (4, 5)  # of 30
+            mix = Counter(int(subject) % 2 for subject in subjects)
+            assert abs(mix[0] - mix[1]) <= 1
+            assert len(splits.test) == 2 * len(subjects)
+            assert (len(splits.labeled), len(splits.development)) == (6, 4)
+            assert not subjects & {sides(n) for n in (*splits.labeled, *splits.unlabeled)}
+        other = self.make(num_folds=7, fold=0, num_test=0, split_seed=1)
+        assert other.test != folds[0].test
+
+    def test_more_folds_than_subjects(self):
+        with pytest.raises(InputError, match="--num_folds: value is 31, must be at most 30"):
+            self.make(num_folds=31, num_test=0)
+
     @pytest.mark.parametrize("num_test", [1, 2, 9, 10])
     def test_subjects_stay_whole(self, num_test):
         splits = self.make(num_test=num_test)

@@ -121,7 +121,7 @@ def test_outputs_equal_those_of_python(answers, runs, model, name):
 
 def test_labels_of_a_volume_are_those_of_predict(answers, runs):
     for name in ("nested", "exclusive"):
-        expected = predict_volume(runs[name], normalize(INPUTS["volume-0"]))
+        expected = predict_volume([runs[name]], normalize(INPUTS["volume-0"]))
         assert (answers[name]["volume-0-labels"] == expected).mean() > 0.999
 
 

@@ -81,7 +81,7 @@ def test_rest_gives_the_labels_of_predict(ports, runs, images, client):
     voxels = read_image([images / "case.nii.gz"]).voxels
     labels = client.predict_rest(f"127.0.0.1:{ports['rest']}", "exclusive", voxels, 60)
     assert labels.dtype == np.uint8
-    assert (labels == predict_volume(runs["exclusive"], normalize(voxels))).mean() > 0.999
+    assert (labels == predict_volume([runs["exclusive"]], normalize(voxels))).mean() > 0.999
 
 
 def test_messages_beyond_the_limit_of_grpc(ports, client):

@@ -19,7 +19,7 @@ from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError, InputErrors
 from tfmtseg.inference import evaluate as evaluate_module
 from tfmtseg.inference import predict as predict_module
-from tfmtseg.inference.evaluate import compare, evaluate
+from tfmtseg.inference.evaluate import compare, evaluate, summarize_runs
 from tfmtseg.inference.predict import predict_folder
 from tfmtseg.regions import Regions
 
@@ -81,6 +81,7 @@ def make_run(data, tmp_path, monkeypatch):
                 overlap=0.5,
                 width=8,
                 largest_component=False,
+                flips=(True, False, False),
             ),
             modalities=folder.modalities,
             folder=folder,
@@ -215,7 +216,7 @@ def test_small_volumes_are_padded_with_their_background():
         offset=np.zeros(1, np.float32),
         background=np.array([5.0], np.float32),
     )
-    label_map = predict_module.predict_volume(run, volume)
+    label_map = predict_module.predict_volume([run], volume)
     np.testing.assert_array_equal(label_map, np.ones((2, 4, 4)))
     assert seen[0][0, :, 0, 0, 0].tolist() == [5, -3, -3, 5]
 
@@ -226,6 +227,24 @@ def test_predict_plain_folder(make_run, data, tmp_path):
     image = nib.load(tmp_path / "out/half.nii.gz")
     np.testing.assert_array_equal(image.affine, LPS)
     np.testing.assert_array_equal(np.asarray(image.dataobj), block(2, 4))
+
+
+def test_predict_with_several_runs(make_run, data, tmp_path, monkeypatch):
+    """One calls everything a blob, one nothing, and the third, in the middle, decides."""
+    load = predict_module.load_run
+
+    def of_name(model_dir):
+        run = load(model_dir)
+        logit = {"all": 5, "none": -5}.get(Path(model_dir).name)
+        if logit is not None:
+            run.predict_logits = lambda batch: np.concatenate([0 * batch, 0 * batch + logit], -1)
+        return run
+
+    monkeypatch.setattr(predict_module, "load_run", of_name)
+    models = [make_run(name) for name in ("all", "none", "middle")]
+    predict_folder(models, data / "imagesTr", tmp_path / "out", flips=True)
+    found = np.asarray(nib.load(tmp_path / "out/half.nii.gz").dataobj)
+    np.testing.assert_array_equal(found, block(2, 4))
 
 
 def test_predict_data_folder_reads_no_label(make_run, data, tmp_path):
@@ -299,7 +318,7 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     one = 0.5 + image_gb + 0.4 + window_gb + side**3 * 4 * 4 / 1e9
 
     def windows(limit: float) -> int:
-        return predict_module.windows_per_call(run, {"half": geometry}, limit)
+        return predict_module.windows_per_call([run], {"half": geometry}, limit)
 
     with pytest.raises(InputError, match="half: memory"):
         windows(one - 1e-6)
@@ -316,6 +335,17 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     large = Geometry.from_affine((1000, 100, 100), np.eye(4))
     run.config.crop = (8, 8, 8)
     monkeypatch.setattr(predict_module, "CALL_GB", 0.0)
-    assert predict_module.windows_per_call(run, {"large": large}, 0.5 + 0.3 + 1e-6) == 1
+    assert predict_module.windows_per_call([run], {"large": large}, 0.5 + 0.3 + 1e-6) == 1
     with pytest.raises(InputError, match="large: memory"):
-        predict_module.windows_per_call(run, {"large": large}, 0.5 + 0.3 - 1e-6)
+        predict_module.windows_per_call([run], {"large": large}, 0.5 + 0.3 - 1e-6)
+
+
+def test_scores_of_several_runs_together(make_run):
+    """As of folds: all cases count alike."""
+    models = [make_run("one"), make_run("two")]
+    summaries = [evaluate(model) for model in models]
+    together = summarize_runs(models)
+    assert together["num_cases"] == 4
+    assert together["mean_dice"] == pytest.approx(np.mean([s["mean_dice"] for s in summaries]))
+    with pytest.raises(InputError, match=r"summary\.json: file is missing"):
+        summarize_runs([*models, make_run("three")])

@@ -9,6 +9,7 @@ from tfmtseg.inference.sliding_window import (
     gaussian_window,
     sliding_window_logits,
     window_starts,
+    with_flips,
 )
 
 WINDOW = (8, 6, 4)
@@ -205,3 +206,25 @@ def test_against_float64(batch_size):
     )
     # tanh of sums up to 30 in float32: some 1e-6.
     np.testing.assert_allclose(result, sums / weights, atol=1e-5)
+
+
+@pytest.mark.parametrize("flips", [(True, False, True), (True, True, True), (False, False, False)])
+def test_flips_by_hand(flips):
+    """A network that sees where it is: each voxel times its place, which mirrors do not share."""
+    ramp = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4, 1)
+    calls = []
+
+    def predict(batch: np.ndarray) -> np.ndarray:
+        calls.append(batch)
+        return batch * ramp
+
+    batch = np.random.default_rng(0).normal(size=(5, 2, 3, 4, 1)).astype(np.float32)
+    found = with_flips(predict, flips)(batch)
+    # The voxel stays, the place it is multiplied by is that of all its mirrors.
+    places = ramp.astype(np.float64)
+    for axis, mirrored in enumerate(flips):
+        if mirrored:
+            places = (places + np.flip(places, axis)) / 2
+    np.testing.assert_allclose(found, batch * places, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2 ** sum(flips)
+    assert found.dtype == np.float32

@@ -126,7 +126,7 @@ def predicted(image: Path, folder: Path) -> nib.Nifti1Image:
         regions=Regions.exclusive(["a"]),
         predict_logits=lambda batch: np.concatenate([np.zeros_like(batch), batch], axis=-1),
     )
-    label_map, geometry = predict_case(run, Case("case", (image,)))
+    label_map, geometry = predict_case([run], Case("case", (image,)))
     write_label_map(folder / "prediction.nii.gz", label_map, geometry)
     return nib.load(folder / "prediction.nii.gz")
 

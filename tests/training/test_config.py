@@ -44,6 +44,9 @@ def test_defaults_pass_the_check():
         ("optimizer", "sgd"),
         ("weight_averaging", "median"),
         ("seed", -1),
+        ("num_folds", 1),
+        ("num_folds", -2),
+        ("fold", 1),
         ("seed", 2**32),
         ("foreground_probability", 33.0),
         ("elastic_probability", -0.1),
@@ -91,6 +94,14 @@ def test_cubes_matter_to_the_contrastive_methods_alone():
     dataclasses.replace(config, method="encdec").check()
 
     dataclasses.replace(config, contrastive_form="classes").check()
+
+
+def test_folds_give_the_test_cases():
+    config = dataclasses.replace(GOOD, num_folds=5, fold=4)
+    config.check()
+    for field, value in (("fold", 5), ("num_test", 2), ("test_list", "list.txt")):
+        with pytest.raises(InputError, match=rf"^--{field}: .* with --num_folds=5"):
+            dataclasses.replace(config, **{field: value}).check()
 
 
 @pytest.mark.parametrize(("form", "fits"), [("repaired", 32), ("paper", 24)])

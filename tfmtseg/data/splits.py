@@ -146,6 +146,8 @@ def make_splits(
     num_labeled: int = 0,
     num_development: int = 0,
     num_test: int = 0,
+    num_folds: int = 0,
+    fold: int = 0,
     split_seed: int = 0,
     seed: int = 0,
     labeled_list: Sequence[str] | None = None,
@@ -168,6 +170,9 @@ def make_splits(
             `seed`, fewer are always the first of more.
         num_development: Development cases, at least; the last subject is whole.
         num_test: The same for the test cases. Not used with a `test_list`.
+        num_folds: If above 0, the test cases are those of one of so many folds of
+            subjects instead, each about as large and, with groups, as mixed as another.
+        fold: Which one, from 0. All together test each case once.
         split_seed: Draws test and development cases.
         seed: Orders the pool, case by case: labelled cases spread over subjects. With
             `count_subjects`, subject by subject.
@@ -193,7 +198,9 @@ def make_splits(
     fixed_subjects = {labelled[name] for name in fixed}
     free = {name: who for name, who in labelled.items() if who not in fixed_subjects}
 
-    if test_list is None:
+    if num_folds:
+        test = _fold(free, groups, num_folds, fold, split_seed)
+    elif test_list is None:
         test = _draw("--num_test", free, groups, num_test, split_seed, count_subjects)
     else:
         test = _listed("--test_list", test_list, labelled)
@@ -284,6 +291,21 @@ def _draw(
             break
         drawn += unit
     return drawn
+
+
+def _fold(
+    subjects: Mapping[str, str], groups: Mapping[str, str], num_folds: int, fold: int, seed: int
+) -> list[str]:
+    """Case names of every `num_folds`-th subject, groups one after the other."""
+    units = _subjects_in_turn(subjects, groups, seed)
+    units.sort(key=lambda unit: groups[unit[0]])  # keeps the order within a group
+    if num_folds > len(units):
+        raise InputError(
+            "--num_folds", "value", num_folds,
+            f"at most {len(units)}, the subjects with a label that --labeled_list leaves",
+            "ask for fewer, or add labelled cases",
+        )  # fmt: skip
+    return [name for unit in units[fold::num_folds] for name in unit]
 
 
 def _check_groups(groups: Mapping[str, str] | None, subjects: Mapping[str, str]) -> None:

@@ -29,7 +29,12 @@ from tfmtseg.data.cases import Case
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, read_label, write_label_map
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import write_json, write_text
-from tfmtseg.inference.predict import check_headers, predict_case, windows_per_call
+from tfmtseg.inference.predict import (
+    check_flips,
+    check_headers,
+    predict_case,
+    windows_per_call,
+)
 from tfmtseg.inference.report import CaseVolumes, RunReport, write_report
 from tfmtseg.inference.shape_prior import ShapePrior
 from tfmtseg.metrics.scores import CaseScores, score_case, summarize
@@ -37,7 +42,10 @@ from tfmtseg.training.run import Run, load_run
 
 
 def evaluate(
-    model_dir: str | os.PathLike[str], split: str = "test", max_memory_gb: float = 0.0
+    model_dir: str | os.PathLike[str],
+    split: str = "test",
+    max_memory_gb: float = 0.0,
+    flips: bool = False,
 ) -> dict[str, Any]:
     """Segments and scores every case of a split; see the module for what is written.
 
@@ -47,6 +55,7 @@ def evaluate(
         model_dir: Folder of a finished training run.
         split: `"test"` or `"development"`.
         max_memory_gb: See `windows_per_call`.
+        flips: See `predict_volume`.
 
     Returns:
         The content of `summary.json`.
@@ -61,14 +70,15 @@ def evaluate(
     labelled = cases_of(run, "labeled")
     geometries = check_headers([*cases, *labelled])
     images = {str(case.images[0]): geometries[str(case.images[0])] for case in cases}
-    batch_size = windows_per_call(run, images, max_memory_gb)
+    batch_size = windows_per_call([run], images, max_memory_gb)
+    check_flips([run], flips)
     directory = _directory(run, split)
     prior = _fit_shape_prior(run, labelled)
     start = time.perf_counter()
     scores: list[CaseScores] = []
     prior_scores: list[CaseScores] = []
     for case in tqdm(cases, desc=f"Evaluating ({split})", unit="case"):
-        label_map, geometry = predict_case(run, case, batch_size)
+        label_map, geometry = predict_case([run], case, batch_size, flips)
         write_label_map(_prediction_path(run, split, case), label_map, geometry)
         truth, spacing_mm = _read_truth(run, case, geometry), geometry.spacing_mm
         guess = prior.predict(truth.shape, spacing_mm)
@@ -77,6 +87,7 @@ def evaluate(
     summary = {
         "data": run.folder.root.name,
         "split": split,
+        "test_time_flips": flips,
         **summarize(scores),
         "shape_prior": summarize(prior_scores),
         "seconds": time.perf_counter() - start,
@@ -87,6 +98,29 @@ def evaluate(
     write_json(directory / "summary.json", summary)
     write_report(directory / "report.html", [read_run_report(run, split)])
     return summary
+
+
+def summarize_runs(
+    model_dirs: Sequence[str | os.PathLike[str]], split: str = "test"
+) -> dict[str, Any]:
+    """Scores over the cases of several evaluated runs, such as the folds of one data set.
+
+    Args:
+        model_dirs: Folders of runs that `evaluate` has been through.
+        split: The split they were evaluated on.
+
+    Returns:
+        What `summarize` gives for all cases of all runs.
+
+    Raises:
+        InputError: If a run was not evaluated.
+    """
+    scores = []
+    for model_dir in model_dirs:
+        directory = Path(model_dir) / "evaluation" / split
+        summary = _read_json(directory / "summary.json", "evaluate the model first")
+        scores += read_metrics(directory / "metrics.csv", list(summary["empty_truth"]))
+    return summarize(scores)
 
 
 def compare(

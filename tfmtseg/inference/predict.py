@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from tfmtseg.data.cases import Case, DataFolder, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_label_map
 from tfmtseg.data.preprocess import WORKING_BYTES, Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors
-from tfmtseg.inference.sliding_window import host_bytes, sliding_window_logits
+from tfmtseg.inference.sliding_window import host_bytes, sliding_window_logits, with_flips
 from tfmtseg.memory import GB, available_memory_gb, resident_memory_gb
 from tfmtseg.training.run import Run, load_run
 
@@ -29,12 +30,13 @@ READ_BYTES, BOTH_BYTES, SEEN_BYTES = 4 + 4, 4 + 2, 2 + 4
 
 
 def predict_folder(
-    model_dir: str | os.PathLike[str],
+    model_dirs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     images_dir: str | os.PathLike[str],
     output_dir: str | os.PathLike[str],
     *,
     allow_root: str | os.PathLike[str] | None = None,
     max_memory_gb: float = 0.0,
+    flips: bool = False,
 ) -> list[Path]:
     """Segments every image of a folder.
 
@@ -42,11 +44,13 @@ def predict_folder(
     Each label map appears at once and whole; one that is there already is replaced.
 
     Args:
-        model_dir: Folder of a finished training run.
+        model_dirs: Folder of a finished training run; or of several, an ensemble: then the
+            mean of their logits counts.
         images_dir: Folder of images, or a data folder (all its images).
         output_dir: Gets `CASE.nii.gz`, each in its image's shape and affine.
         allow_root: Another folder that links in `images_dir` may lead into.
         max_memory_gb: See `windows_per_call`.
+        flips: See `predict_volume`.
 
     Returns:
         The files written, one per case.
@@ -55,19 +59,21 @@ def predict_folder(
         InputErrors: With everything that is wrong with the folder or the headers.
         InputError: If `output_dir` lies in `images_dir`, or is where links in it lead: a
             label map could replace an image there; if the images have other modalities
-            than the model or cannot be used, or the memory is too little.
+            than the model or cannot be used, the runs do not fit each other, or the memory
+            is too little.
     """
     images_dir, output_dir = Path(images_dir), Path(output_dir)
     folder = read_data_folder(images_dir, allow_root)
     _keep_off(folder, output_dir)
     cases = [case.without_label() for case in (*folder.cases, *folder.test_cases)]
     geometries = check_headers(cases)
-    run = load_run(model_dir)
-    folder.check_modalities(run.modalities, model_dir)
-    batch_size = windows_per_call(run, geometries, max_memory_gb)
+    runs = load_runs([model_dirs] if isinstance(model_dirs, (str, os.PathLike)) else model_dirs)
+    folder.check_modalities(runs[0].modalities, runs[0].directory)
+    batch_size = windows_per_call(runs, geometries, max_memory_gb)
+    check_flips(runs, flips)
     written = []
     for case in tqdm(cases, desc="Predicting", unit="case"):
-        label_map, geometry = predict_case(run, case, batch_size)
+        label_map, geometry = predict_case(runs, case, batch_size, flips)
         written.append(output_dir / f"{case.name}.nii.gz")
         write_label_map(written[-1], label_map, geometry)
     return written
@@ -90,13 +96,55 @@ def _keep_off(folder: DataFolder, output_dir: Path) -> None:
     raise InputError(output_dir, "output folder", where, "another folder", "name a new folder")
 
 
-def predict_case(run: Run, case: Case, batch_size: int = 1) -> tuple[np.ndarray, Geometry]:
+def load_runs(model_dirs: Sequence[str | os.PathLike[str]]) -> tuple[Run, ...]:
+    """Trained runs that can predict together.
+
+    Args:
+        model_dirs: At least one folder of a finished training run.
+
+    Raises:
+        InputError: If one cannot be used, or segments something else, from other modalities
+            or in other pieces than the first.
+    """
+    runs = tuple(load_run(model_dir) for model_dir in model_dirs)
+    for run in runs[1:]:
+        for name, value, first in (
+            ("modalities", run.modalities, runs[0].modalities),
+            ("regions", run.regions, runs[0].regions),
+            ("largest_component", run.config.largest_component, runs[0].config.largest_component),
+        ):
+            if value != first:
+                raise InputError(
+                    run.directory, name, value, f"{first}, as of {runs[0].directory}",
+                    "name runs that segment the same from the same",
+                )  # fmt: skip
+    return runs
+
+
+def check_flips(runs: Sequence[Run], flips: bool) -> None:
+    """Makes sure that mirrored images can vote, if they are asked to.
+
+    Raises:
+        InputError: If a run's training mirrored no axis: it has never seen such images.
+    """
+    for run in runs:
+        if flips and not any(run.config.flips):
+            raise InputError(
+                "--test_time_flips", "value", "true",
+                f"false: the training of {run.directory} mirrored no axis", "leave it out",
+            )  # fmt: skip
+
+
+def predict_case(
+    runs: Sequence[Run], case: Case, batch_size: int = 1, flips: bool = False
+) -> tuple[np.ndarray, Geometry]:
     """Reads and segments one case.
 
     Args:
-        run: A trained run.
+        runs: From `load_runs`.
         case: Its image is read, its label is not.
         batch_size: Windows in one call of the network.
+        flips: See `predict_volume`.
 
     Returns:
         The label map, `uint8` `(x, y, z)` in RAS+, and the geometry of its file.
@@ -104,33 +152,49 @@ def predict_case(run: Run, case: Case, batch_size: int = 1) -> tuple[np.ndarray,
     Raises:
         InputError: If the image cannot be used.
     """
-    volume = read_image(case.images, num_modalities=len(run.modalities))
+    volume = read_image(case.images, num_modalities=len(runs[0].modalities))
     normalized, geometry = normalize(volume.voxels, case.images[0]), volume.geometry
     del volume  # as large as what the network sees
-    return predict_volume(run, normalized, batch_size), geometry
+    return predict_volume(runs, normalized, batch_size, flips), geometry
 
 
-def predict_volume(run: Run, volume: Normalized, batch_size: int = 1) -> np.ndarray:
-    """Segments a normalised volume; returns its label map, `uint8` `(x, y, z)`.
+def predict_volume(
+    runs: Sequence[Run], volume: Normalized, batch_size: int = 1, flips: bool = False
+) -> np.ndarray:
+    """Segments a normalised volume.
 
-    Where the run's regions are one piece each (`largest_component`), others are left out.
+    Args:
+        runs: From `load_runs`; the mean of their logits counts.
+        volume: The volume.
+        batch_size: Windows in one call of the network.
+        flips: Whether the mean is over mirrored windows too, along the axes that were
+            mirrored in training (test-time augmentation). Each doubles the time.
+
+    Returns:
+        The label map, `uint8` `(x, y, z)`. Where the runs' regions are one piece each
+        (`largest_component`), others are left out.
     """
-    logits = sliding_window_logits(
-        run.predict_logits,
-        volume.values(),
-        run.config.crop,
-        background=volume.background,
-        overlap=run.config.overlap,
-        batch_size=batch_size,
-    )
-    label_map = run.regions.label_map(logits)
-    if run.config.largest_component:
-        label_map = run.regions.largest_components(label_map)
+    values = volume.values()
+    logits: np.ndarray | None = None
+    for run in runs:
+        more = sliding_window_logits(
+            with_flips(run.predict_logits, run.config.flips) if flips else run.predict_logits,
+            values,
+            run.config.crop,
+            background=volume.background,
+            overlap=run.config.overlap,
+            batch_size=batch_size,
+        )
+        logits = more if logits is None else np.add(logits, more, out=logits)
+    assert logits is not None  # there is a run; the sum has the label map of the mean
+    label_map = runs[0].regions.label_map(logits)
+    if runs[0].config.largest_component:
+        label_map = runs[0].regions.largest_components(label_map)
     return label_map
 
 
 def windows_per_call(
-    run: Run, geometries: Mapping[str, Geometry], max_memory_gb: float = 0.0
+    runs: Sequence[Run], geometries: Mapping[str, Geometry], max_memory_gb: float = 0.0
 ) -> int:
     """How many windows the network gets at a time, so that every case fits into memory.
 
@@ -138,7 +202,7 @@ def windows_per_call(
     many as have `CALL_VOXELS` together.
 
     Args:
-        run: A trained run.
+        runs: From `load_runs`.
         geometries: Those of the images, by file.
         max_memory_gb: What the process may take at its peak, in 10^9 bytes, this
             package and TensorFlow included; 0 stands for what the machine has free.
@@ -146,22 +210,28 @@ def windows_per_call(
     Raises:
         InputError: With the largest image, if not even one window at a time would fit.
     """
-    window, channels, outputs = run.config.crop, len(run.modalities), run.regions.num_outputs
+    channels, outputs = len(runs[0].modalities), runs[0].regions.num_outputs
     present = resident_memory_gb()
     limit = max_memory_gb or present + available_memory_gb()
 
-    def needed_gb(path: str) -> float:
-        """Of one image with one window: as read and normalised, the sums, the network."""
+    def window_gb(run: Run) -> float:
+        """Of the network, for one window."""
+        features = LIVE_FEATURES * run.config.width + channels + outputs
+        return 4 * math.prod(run.config.crop) * features / GB
+
+    def needed_gb(run: Run, path: str) -> float:
+        """Of one image with one window: as read and normalised; the sums, the network."""
         shape = geometries[path].ras_shape
         voxels = math.prod(shape)
         before = voxels * max(READ_BYTES * channels, BOTH_BYTES * channels + WORKING_BYTES)
-        after = voxels * SEEN_BYTES * channels + host_bytes(shape, window, channels, outputs)
-        return present + max(before / GB, after / GB + CALL_GB + window_gb)
+        after = voxels * SEEN_BYTES * channels
+        after += host_bytes(shape, run.config.crop, channels, outputs)
+        after += 4 * voxels * outputs * (len(runs) > 1)  # the logits of the runs before
+        return present + max(before / GB, after / GB + CALL_GB + window_gb(run))
 
-    voxels = math.prod(window)
-    window_gb = 4 * voxels * (LIVE_FEATURES * run.config.width + channels + outputs) / GB
-    largest = max(geometries, key=needed_gb)
-    needed = needed_gb(largest)
+    pairs = itertools.product(runs, geometries)
+    run, largest = max(pairs, key=lambda pair: needed_gb(*pair))
+    needed = needed_gb(run, largest)
     if needed > limit:
         raise InputError(
             largest, "memory to segment it", f"{needed:.1f} GB",
@@ -169,8 +239,11 @@ def windows_per_call(
             f"allow {math.ceil(needed)} GB, resample the image to larger voxels, or train with a "
             "smaller --crop",
         )  # fmt: skip
-    wanted = CALL_VOXELS // voxels if tf.config.list_physical_devices("GPU") else 1
-    return max(1, min(wanted, 1 + int(min((limit - needed) / window_gb, CALL_VOXELS))))
+    wanted = 1
+    if tf.config.list_physical_devices("GPU"):
+        wanted = CALL_VOXELS // max(math.prod(run.config.crop) for run in runs)
+    further = (limit - needed) / max(map(window_gb, runs))
+    return max(1, min(wanted, 1 + int(min(further, CALL_VOXELS))))
 
 
 def check_headers(cases: Iterable[Case]) -> dict[str, Geometry]:

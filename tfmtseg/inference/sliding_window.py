@@ -154,6 +154,30 @@ def sliding_window_logits(
     return logit_sum[inside]
 
 
+def with_flips(
+    predict: Callable[[np.ndarray], np.ndarray], flips: Sequence[bool]
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Test-time augmentation: logits as the mean over mirrored windows.
+
+    Args:
+        predict: As for `sliding_window_logits`.
+        flips: Whether x, y, z may be mirrored. Each that may doubles the time.
+
+    Returns:
+        What to call in place of `predict`.
+    """
+    axes = [axis for axis, allowed in enumerate(flips, 1) if allowed]
+    chosen = [c for count in range(len(axes) + 1) for c in itertools.combinations(axes, count)]
+
+    def mean(batch: np.ndarray) -> np.ndarray:
+        total = np.array(predict(batch), np.float32)
+        for flipped in chosen[1:]:
+            total += np.flip(predict(np.ascontiguousarray(np.flip(batch, flipped))), flipped)
+        return total / np.float32(len(chosen))
+
+    return mean
+
+
 def host_bytes(shape: Sequence[int], window: Sequence[int], channels: int, outputs: int) -> int:
     """What `sliding_window_logits` holds beside the volume, whatever the number of windows.
 

@@ -66,7 +66,11 @@ class TrainConfig:
     test_list: str = _setting("", "File with the test cases, one name per line.")
     num_development: int = _setting(0, "Cases for choosing settings, watched during training.")
     num_test: int = _setting(0, "Cases kept for the final evaluation, never opened in training.")
-    split_seed: int = _setting(0, "Seed that draws development and test cases.")
+    num_folds: int = _setting(
+        0, "Folds of a cross-validation; the test cases are those of one. 0: no folds."
+    )
+    fold: int = _setting(0, "Which fold to test on, from 0.")
+    split_seed: int = _setting(0, "Seed that draws development and test cases, and folds.")
     subject_regex: str = _setting("", "Finds the subject in a case's name (one group).")
     ids_per_subject: int = _setting(1, "Consecutive numbers that are one subject, such as 2.")
 
@@ -189,7 +193,8 @@ class TrainConfig:
             InputError: With the first setting that cannot be used.
         """
         limits = {
-            "num_labeled": 0, "num_development": 0, "num_test": 0, "ids_per_subject": 1,
+            "num_labeled": 0, "num_development": 0, "num_test": 0, "num_folds": 0,
+            "ids_per_subject": 1,
             "labeled_per_step": 1, "unlabeled_per_step": 0, "train_steps": 1,
             "steps_per_epoch": 1, "warmup_steps": 0, "num_replicas": 0, "width": 8,
             "predictor_blocks": 1,
@@ -245,6 +250,25 @@ class TrainConfig:
                 "enlarge it",
             ),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)", "choose 0"),
+            (
+                "fold",
+                0 <= self.fold < max(1, self.num_folds),
+                f"in 0..{max(0, self.num_folds - 1)} with --num_folds={self.num_folds}",
+                "number folds from 0",
+            ),
+            ("num_folds", self.num_folds != 1, "0, or 2 or more", "choose 5"),
+            (
+                "num_test",
+                not self.num_folds or not self.num_test,
+                f"0 with --num_folds={self.num_folds}, which gives the test cases",
+                "leave it out",
+            ),
+            (
+                "test_list",
+                not self.num_folds or not self.test_list,
+                f"empty with --num_folds={self.num_folds}, which gives the test cases",
+                "leave it out",
+            ),
             ("teacher_momentum", 0 <= self.teacher_momentum < 1, "in [0, 1)", "choose 0.99"),
             ("teacher_start", 0 <= self.teacher_start <= 1, "in [0, 1]", "choose 0.33"),
             ("pseudo_label_weight", self.pseudo_label_weight >= 0, "0 or more", "choose 0.5"),

@@ -223,6 +223,8 @@ def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> 
         num_labeled=config.num_labeled,
         num_development=config.num_development,
         num_test=config.num_test,
+        num_folds=config.num_folds,
+        fold=config.fold,
         split_seed=config.split_seed,
         seed=config.seed,
         labeled_list=listed(config.labeled_list),
