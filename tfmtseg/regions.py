@@ -13,10 +13,12 @@ from tfmtseg.errors import InputError
 
 # Nested tumour regions by the numbering of the label files. The Medical
 # Segmentation Decathlon stores 1 oedema, 2 non-enhancing core, 3 enhancing; BraTS
-# itself, from 2017 to 2021, 1 necrotic and non-enhancing core, 2 oedema, 4 enhancing.
+# itself, from 2017 to 2021, 1 necrotic and non-enhancing core, 2 oedema, 4 enhancing,
+# and since 2023 3 enhancing.
 PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
     "brats_msd": {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)},
     "brats_124": {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)},
+    "brats_123": {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)},
 }
 
 

@@ -18,7 +18,7 @@ _DATA_DIR = flags.DEFINE_string(
 _REGIONS = flags.DEFINE_string(
     "regions",
     None,
-    "Regions that will be segmented (brats_msd, brats_124, or 'WT=1,2,3;TC=2,3;ET=3').",
+    "Regions that will be segmented (brats_msd, brats_124, brats_123, or 'WT=1,2,3;TC=2,3;ET=3').",
 )
 _ALLOW_ROOT = flags.DEFINE_string(
     "allow_root", None, "Another folder that links in the data folder may lead into."

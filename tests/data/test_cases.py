@@ -306,6 +306,51 @@ class TestNnunet:
         assert "imagesTr/odd.nii.gz is without channel number" in text
 
 
+class TestBrats:
+    OLD = ("_", ("flair", "t1", "t1ce", "t2"), "brats_124", (0, 1, 2, 4))
+    NEW = ("-", ("t2f", "t1n", "t1c", "t2w"), "brats_123", (0, 1, 2, 3))
+
+    def case(self, folder: Path, separator: str, endings, labelled: bool = True) -> None:
+        folder.mkdir(parents=True)
+        for ending in (*endings, *["seg"] * labelled):
+            (folder / f"{folder.name}{separator}{ending}.nii.gz").touch()
+
+    @pytest.mark.parametrize("form", [OLD, NEW], ids=["2020", "2023"])
+    @pytest.mark.parametrize("by_grade", [False, True])
+    def test_a_folder_per_case(self, tmp_path, form, by_grade):
+        separator, endings, preset, labels = form
+        self.case(tmp_path / ("HGG" * by_grade) / "b", separator, endings, labelled=False)
+        self.case(tmp_path / ("LGG" * by_grade) / "a", separator, endings)
+        (tmp_path / "survival.csv").touch()
+        found = read_data_folder(tmp_path)
+        assert (found.name, found.labels) == ("BraTS", labels)
+        assert found.regions == Regions.parse(preset)
+        assert found.modalities == ("FLAIR", "T1w", "T1Gd", "T2w")
+        a, b = found.cases
+        assert [path.name for path in a.images] == [f"a{separator}{e}.nii.gz" for e in endings]
+        assert a.label.name == f"a{separator}seg.nii.gz"
+        assert (b.name, b.label) == ("b", None)
+
+    def test_everything_wrong_is_listed_at_once(self, tmp_path):
+        separator, endings, *_ = self.OLD
+        for folder in ("a", "b", "c", "x/c"):
+            self.case(tmp_path / folder, separator, endings)
+        (tmp_path / "a/a_t1.nii.gz").unlink()
+        (tmp_path / "b/b_seg.nii.gz").unlink()
+        (tmp_path / "b/b_seg.nii.gz").symlink_to("/etc/hosts")
+        texts = problems(tmp_path)
+        assert len(texts) == 3
+        assert f"{tmp_path}: case c is there twice" in texts[0]
+        assert f"{tmp_path}/a: modality is t1 missing" in texts[1]
+        assert "b_seg.nii.gz is a link to a file outside" in texts[2]
+        with pytest.raises(InputErrors, match="--regions: labels is 3, must be among"):
+            read_data_folder(tmp_path, regions=Regions.parse("brats_msd"))
+
+    def test_the_modalities_are_those_of_the_decathlon(self, tmp_path):
+        self.case(tmp_path / "a", *self.NEW[:2])
+        read_data_folder(tmp_path).check_modalities(("FLAIR", "T1w", "t1gd", "T2w"), "RUN")
+
+
 class TestPlain:
     def touch(self, root: Path, *names: str) -> None:
         for name in names:

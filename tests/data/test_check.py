@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 
+import nibabel as nib
 import numpy as np
 
 from tfmtseg.data.check import check_data_folder
@@ -75,6 +76,25 @@ def test_regions_of_labels_with_a_gap(folder):
     folder.save("labelsTr/a.nii.gz", label)
     (error,) = check_data_folder(root, regions=Regions.parse("brats_124")).errors
     assert "label value is 3 in 1 voxels, must be one of 0, 1, 2, 4" in str(error)
+
+
+def test_a_folder_of_brats(tmp_path):
+    """Label 4 is known there, 3 is not."""
+    random = np.random.default_rng(0)
+    label = random.choice(np.array([0, 1, 2, 4], np.uint8), (10, 9, 8))
+    for name in ("BraTS20_001", "BraTS20_002"):
+        arrays = {e: random.normal(size=label.shape).astype(np.float32)
+                  for e in ("flair", "t1", "t1ce", "t2")} | {"seg": label}  # fmt: skip
+        for ending, array in arrays.items():
+            path = tmp_path / name / f"{name}_{ending}.nii.gz"
+            path.parent.mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    findings = check_data_folder(tmp_path)
+    assert (findings.num_cases, findings.errors) == (2, ())
+    label[0, 0, 0] = 3
+    nib.save(nib.Nifti1Image(label, np.eye(4)), path)
+    (error,) = check_data_folder(tmp_path).errors
+    assert "BraTS20_002_seg.nii.gz: label value is 3 in 1 voxels" in str(error)
 
 
 def test_real_broken_cases(folder, shared_data):

@@ -1,9 +1,11 @@
 """Data folders to cases: which files belong together, and what their labels mean.
 
-Three layouts are told apart by what lies in the folder:
+Four layouts are told apart by what lies in the folder:
 
 * Medical Segmentation Decathlon: a `dataset.json` with `modality` and `training`;
 * nnU-Net: a `dataset.json` with `channel_names`, and `imagesTr/CASE_0000.nii.gz`;
+* BraTS: a folder of each case, with `CASE/CASE_flair.nii.gz` and so on, and
+  `CASE/CASE_seg.nii.gz` where it has a label; or with the names of 2023, `CASE-t2f.nii.gz`;
 * plain: NIfTI images and no `dataset.json`; none has a label.
 
 Only names and `dataset.json` are looked at here; no image is opened. What they name
@@ -60,12 +62,12 @@ class DataFolder:
 
     Args:
         root: The folder.
-        name: What its `dataset.json` calls the data; empty without one.
+        name: What its `dataset.json` calls the data; `BraTS`, or empty, without one.
         modalities: Names of the channels, in order. Empty for a plain folder with
             one file per case, which does not say them.
         regions: What is segmented; `None` for a plain folder, which does not say it.
-        labels: The label values that `dataset.json` declares, background included, in
-            order; none for a plain folder.
+        labels: The label values that may occur, background included, in order; none for a
+            plain folder.
         cases: For training, with or without a label, sorted by name.
         test_cases: Those listed for testing (without labels), sorted by name.
     """
@@ -86,14 +88,14 @@ class DataFolder:
             of: Where they come from, for the message.
 
         Raises:
-            InputError: If `dataset.json` names others, or has another order. A plain folder
+            InputError: If the folder names others, or has another order. A plain folder
                 has no names to compare.
         """
         if not self.labels:
             return
         if [name.casefold() for name in self.modalities] != [name.casefold() for name in expected]:
             raise InputError(
-                self.root / "dataset.json", "modalities", ", ".join(self.modalities),
+                self.root, "modalities", ", ".join(self.modalities),
                 f"{', '.join(expected)}, as in {of}",
                 "bring the files into that order, or correct the names",
             )  # fmt: skip
@@ -153,7 +155,8 @@ def scan_data_folder(
             )
         description_file = data_root.path / "dataset.json"
         if not (description_file.is_symlink() or description_file.exists()):
-            return _scan_plain(data_root, regions)
+            forms = (_scan_brats(data_root, form, regions) for form in _BRATS_FORMS)
+            return next(filter(None, forms), None) or _scan_plain(data_root, regions)
         description = _Description(description_file, _read_json(data_root, description_file))
         scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
         return scan(data_root, description, regions), description.errors
@@ -358,10 +361,9 @@ def _read_regions(
             "without 'ignore' (every voxel counts here)", "label these voxels, or drop the cases"
         )
     if regions is not None:
-        unknown = sorted(set().union(*regions.members) - set(declared))
-        if unknown:
+        if unknown := _unknown_labels(regions, declared):
             return refuse(
-                f"declaring {', '.join(map(str, unknown))}, of the regions to segment",
+                f"declaring {unknown}, of the regions to segment",
                 "correct --regions, or this entry",
             )
     elif any(len(members) > 1 for members in values.values()):
@@ -378,6 +380,11 @@ def _read_regions(
         except InputError as error:
             return refuse(error.rule, error.fix)
     return regions, tuple(declared)
+
+
+def _unknown_labels(regions: Regions, declared: Iterable[int]) -> str:
+    """The labels of regions that are not declared, in words."""
+    return ", ".join(map(str, sorted(set().union(*regions.members) - set(declared))))
 
 
 def _label_values(labels: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -545,6 +552,86 @@ def _warn_about_swapped_labels(description: _Description, cases: Iterable[Case])
                 f"the label of {case.name} is {case.label.name}, which looks like that of "
                 "another case"
             )
+
+
+# ------------------------------------------------------------------- BraTS layout
+
+
+@dataclass(frozen=True)
+class _BratsForm:
+    """How files are named, and labels numbered, in some years.
+
+    Args:
+        separator: Between the case's name and the rest.
+        endings: Of the images, in the order of `_BRATS_MODALITIES`.
+        regions: The preset of `tfmtseg.regions`.
+        labels: That may occur.
+    """
+
+    separator: str
+    endings: tuple[str, str, str, str]
+    regions: str
+    labels: tuple[int, ...]
+
+    def find(self, folder: Path, ending: str) -> Path | None:
+        """A file of the case that a folder is named after, if it is there."""
+        names = [f"{folder.name}{self.separator}{ending}{suffix}" for suffix in SUFFIXES]
+        paths = [folder / name for name in names]
+        return next((path for path in paths if path.is_symlink() or path.exists()), None)
+
+
+_BRATS_MODALITIES = ("FLAIR", "T1w", "T1Gd", "T2w")  # names and order of the Decathlon
+_BRATS_FORMS = (
+    _BratsForm("_", ("flair", "t1", "t1ce", "t2"), "brats_124", (0, 1, 2, 4)),  # 2017 to 2021
+    _BratsForm("-", ("t2f", "t1n", "t1c", "t2w"), "brats_123", (0, 1, 2, 3)),  # since 2023
+)
+
+
+def _scan_brats(
+    root: _Root, form: _BratsForm, regions: Regions | None
+) -> tuple[DataFolder | None, list[InputError]] | None:
+    """A folder per case, perhaps in folders by grade; `None` if there is no such case."""
+    inner = [path for path in root.path.iterdir() if path.is_dir()]
+    inner += [path for outer in inner for path in outer.iterdir() if path.is_dir()]
+    folders = [path for path in sorted(inner) if form.find(path, form.endings[0])]
+    if not folders:
+        return None
+    errors = [
+        InputError(
+            root.path, f"case {name}", "there twice", "of a name of its own", "rename one"
+        )
+        for name in _repeated([folder.name for folder in folders])
+    ]  # fmt: skip
+    regions = regions or Regions.parse(form.regions)
+    if unknown := _unknown_labels(regions, form.labels):
+        errors.append(
+            InputError(
+                "--regions", "labels", unknown, f"among those of BraTS here, {form.labels}",
+                f"leave it out, which is {form.regions}",
+            )
+        )  # fmt: skip
+    cases = []
+    for folder in folders:
+        images = {ending: form.find(folder, ending) for ending in form.endings}
+        label = form.find(folder, "seg")
+        missing = [ending for ending, path in images.items() if path is None]
+        files, refused = _usable(root, filter(None, (*images.values(), label)))
+        errors += refused
+        errors += [
+            InputError(
+                folder, "modality", f"{ending} missing", "there, as of the other cases",
+                "add the file, or take the folder away",
+            )
+            for ending in missing
+        ]  # fmt: skip
+        if not missing and not refused:
+            cases.append(Case(folder.name, tuple(files[: len(images)]), label))
+    return (
+        DataFolder(
+            root.path, "BraTS", _BRATS_MODALITIES, regions, form.labels, _by_name(cases)
+        ),
+        errors,
+    )  # fmt: skip
 
 
 # --------------------------------------------------------- nnU-Net and plain layout

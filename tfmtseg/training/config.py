@@ -52,7 +52,7 @@ class TrainConfig:
 
     regions: str = _setting(
         "",
-        "Nested regions: brats_msd or brats_124 (by the numbering of tumour labels), or "
+        "Nested regions: brats_msd, brats_124 or brats_123 (by the numbering of tumour labels), or "
         "'WT=1,2,3;TC=2,3;ET=3'. Default: one class per label.",
     )
     num_labeled: int = _setting(0, "Labelled cases to train on; 0 takes all of the pool.")
