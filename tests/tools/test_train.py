@@ -128,3 +128,29 @@ def test_real_broken_cases_are_refused_in_training(shared_data, tmp_path):
     assert done.returncode == 2
     for name in names:
         assert name in done.stderr
+
+
+def test_folds_and_their_ensemble(data, tmp_path):
+    """As the README has it: every annotated case is tested, and all folds predict together."""
+    runs = [tmp_path / f"fold{fold}" for fold in range(2)]
+    for fold, run in enumerate(runs):
+        done = call(
+            "train", f"--data_dir={data}", f"--model_dir={run}", "--num_folds=2", f"--fold={fold}",
+            "--method=encdec", "--width=8", "--crop=16", "--train_steps=1", "--steps_per_epoch=1",
+            "--regions=brats_msd",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+    both = f"--model_dir={runs[0]},{runs[1]}"
+    report = tmp_path / "report.html"
+    done = call("evaluate", both, f"--comparison={report}")
+    assert "All 2 runs, 3 cases" in done.stdout, done.stderr[-2000:]
+    tested = [(run / "splits/test.txt").read_text().split() for run in runs]
+    assert sorted([*tested[0], *tested[1]]) == ["PHANTOM_001", "PHANTOM_002", "PHANTOM_003"]
+    assert done.returncode == 2  # they have no test case in common
+    assert "must be of those of" in done.stderr
+    done = call(
+        "predict", both, f"--images_dir={data}", f"--output_dir={tmp_path / 'out'}",
+        "--test_time_flips",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / "out").iterdir())) == 3
