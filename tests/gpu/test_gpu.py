@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfmtseg import Regions, Segmenter
 from tfmtseg.compat import keras
-from tfmtseg.models.methods import METHODS
+from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
 from tfmtseg.ops import group_norm_relu, info_nce, library
 
 pytestmark = pytest.mark.gpu
@@ -86,22 +86,43 @@ def test_group_norm_relu(dtype, shape):
     assert_alike(on("GPU:0", chosen, x, gamma, beta), expected, 4 * TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_training_step(method):
-    """Losses before the first update: the same numbers, summed in another order."""
-    regions = Regions.parse("brats_msd")
+# Every method, and every form of the contrast.
+CASES = {
+    **{method: {"method": method} for method in METHODS},
+    **{form: {"method": "bcpcpcseg", "contrastive_form": form} for form in CONTRASTIVE_FORMS},
+}
+
+
+def step_on(device: str, case: str, dtype: str) -> dict[str, float]:
+    """What a training step shows: losses and scores before its update."""
     images = random((2, 16, 16, 16, 2), "float32", 0)
     labels = tf.random.stateless_uniform((2, 16, 16, 16), (1, 0), 0, 4, tf.int32)
-    logs = {}
-    for device in ("CPU:0", "GPU:0"):
-        with tf.device(device):
-            keras.utils.set_random_seed(3)
-            model = Segmenter(
-                regions, method, width=8, dropout=0.0, cube_size=8, predictor_blocks=1
-            )
-            model.build((None, 16, 16, 16, 2))
-            model.compile(keras.optimizers.SGD(0.1))
-            data = images, labels, tf.constant([1.0, 0.0])
-            logs[device] = {key: float(value) for key, value in model.train_step(data).items()}
-    for name, value in logs["CPU:0"].items():
-        assert logs["GPU:0"][name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    with tf.device(device):
+        keras.utils.set_random_seed(3)
+        model = Segmenter(
+            Regions.parse("brats_msd"), width=8, dropout=0.0, cube_size=8, predictor_blocks=1,
+            dtype=dtype, **CASES[case],
+        )  # fmt: skip
+        model.build((None, 16, 16, 16, 2))
+        model.compile(keras.optimizers.SGD(0.1))
+        data = images, labels, tf.constant([1.0, 0.0])
+        return {name: float(value) for name, value in model.train_step(data).items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step(case):
+    """The same numbers, summed in another order."""
+    expected = step_on("CPU:0", case, "float32")
+    for name, value in step_on("GPU:0", case, "float32").items():
+        assert value == pytest.approx(expected[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_training_step_in_mixed_precision(case, dtype):
+    """What `--precision=auto` takes on GPUs. Features of 8 or 11 bits: the losses are alike."""
+    expected = step_on("GPU:0", case, "float32")
+    for name, value in step_on("GPU:0", case, dtype).items():
+        assert np.isfinite(value), name
+        if name.endswith("loss"):
+            assert value == pytest.approx(expected[name], rel=0.1, abs=0.05), name

@@ -282,7 +282,7 @@ def test_predict_compares_the_names_of_modalities(make_run, data, tmp_path, monk
         return run
 
     monkeypatch.setattr(predict_module, "load_run", of_another)
-    with pytest.raises(InputError, match=r"dataset.json: modalities is MRI, must be CT, as in"):
+    with pytest.raises(InputError, match=r"data: modalities is MRI, must be CT, as in"):
         predict_folder(model, data, tmp_path / "out")
     assert len(predict_folder(model, data / "imagesTr", tmp_path / "out")) == 3  # no names
 

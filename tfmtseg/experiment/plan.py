@@ -14,7 +14,6 @@ if `runs/` is gone.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ import yaml
 
 from tfmtseg.data.cases import data_name
 from tfmtseg.errors import InputError
-from tfmtseg.files import write_text
+from tfmtseg.files import read_rows, write_text
 from tfmtseg.models.methods import METHODS
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings, read_yaml
 
@@ -419,5 +418,4 @@ def steps_made(directory: Path) -> int:
     path = directory / "history.csv"
     if not path.exists():
         return 0
-    with path.open(encoding="utf-8", newline="") as file:
-        return max((int(row["step"]) for row in csv.DictReader(file)), default=0)
+    return max((int(row["step"]) for row in read_rows(path)), default=0)

@@ -45,9 +45,9 @@ from tfmtseg.experiment.plan import (
     by_count,
     count_text,
 )
-from tfmtseg.experiment.results import Results, write_rows
+from tfmtseg.experiment.results import Results
 from tfmtseg.experiment.statistics import REPLICATES, bootstrap_interval
-from tfmtseg.files import atomic_path, write_text
+from tfmtseg.files import atomic_path, write_rows, write_text
 from tfmtseg.inference.figures import ScoreLine, draw_label_efficiency
 
 

@@ -10,8 +10,6 @@ unlabelled ones.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +22,7 @@ from tfmtseg.data.cases import write_case_list
 from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.plan import SHAPE_PRIOR, Run, by_count, count_text, parse_counts
-from tfmtseg.files import write_text
+from tfmtseg.files import read_rows, write_rows
 from tfmtseg.inference.evaluate import read_metrics
 from tfmtseg.metrics.scores import CaseScores, RegionScores
 
@@ -203,13 +201,13 @@ class Results:
     def _read(cls, directory: Path) -> Results:
         kinds = {"str": str, "int": int, "float": float}
         runs = {}
-        for row in _read_rows(directory / "runs.csv"):
+        for row in read_rows(directory / "runs.csv"):
             values: dict[str, Any] = {f.name: kinds[str(f.type)](row[f.name]) for f in
                                       fields(RunResult) if f.name != "num_labeled"}  # fmt: skip
             run = RunResult(num_labeled=parse_counts([row["num_labeled"]])[0], **values)
             runs[run.key] = run
         cases: dict[Key, dict[str, dict[str, RegionScores]]] = {key: {} for key in runs}
-        for row in _read_rows(directory / "cases.csv"):
+        for row in read_rows(directory / "cases.csv"):
             key = (row["arm"], parse_counts([row["num_labeled"]])[0], int(row["seed"]))
             if key in cases:
                 cases[key].setdefault(row["case"], {})[row["class"]] = RegionScores(
@@ -293,17 +291,3 @@ def keep_splits(run: Run, directory: Path, results: Path) -> None:
     }  # fmt: skip
     for name, cases in lists.items():
         write_case_list(results / "splits" / name, cases)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes a CSV file with the columns of the first row; there must be one."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))

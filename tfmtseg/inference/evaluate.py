@@ -11,8 +11,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
@@ -28,7 +26,7 @@ from tfmtseg import compat
 from tfmtseg.data.cases import Case
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, read_label, write_label_map
 from tfmtseg.errors import InputError, InputErrors, InputWarning
-from tfmtseg.files import write_json, write_text
+from tfmtseg.files import read_rows, write_json, write_rows
 from tfmtseg.inference.predict import (
     check_flips,
     check_headers,
@@ -192,7 +190,7 @@ def read_metrics(path: Path, regions: Sequence[str]) -> list[CaseScores]:
         path: The file.
         regions: Names of the regions, in their order.
     """
-    return [CaseScores.from_columns(row["case"], row, regions) for row in _read_rows(path)]
+    return [CaseScores.from_columns(row["case"], row, regions) for row in read_rows(path)]
 
 
 def _directory(run: Run, split: str) -> Path:
@@ -255,27 +253,18 @@ def _read_volumes(run: Run, split: str, case: Case) -> CaseVolumes:
 
 def _write_metrics(path: Path, scores: Sequence[CaseScores]) -> None:
     """One row per case, in the order given."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["case", *scores[0].columns()], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"case": case.case, **case.columns()} for case in scores)
-    write_text(path, text.getvalue())
+    write_rows(path, [{"case": case.case, **case.columns()} for case in scores])
 
 
 def _read_history(path: Path) -> dict[str, np.ndarray]:
     """Columns of numbers; an empty cell is NaN."""
-    rows = _read_rows(path)
+    rows = read_rows(path)
     if not rows:
         return {}
     return {
         name: np.array([float(row[name]) if row[name] else np.nan for row in rows])
         for name in rows[0]
     }
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _read_json(path: Path, fix: str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import signal
 import sys
 import threading
@@ -18,7 +16,7 @@ from tqdm import tqdm
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
-from tfmtseg.files import write_text
+from tfmtseg.files import read_rows, write_rows
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.training.checkpoint import latest_checkpoint, whole_or_not
 
@@ -129,8 +127,7 @@ class History(keras.callbacks.Callback):
         self.clock = clock
         self.rows: list[dict[str, Any]] = []
         if path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                self.rows = list(csv.DictReader(file))
+            self.rows = list(read_rows(path))
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Adds a line; lines of this and later epochs, left by a break, go."""
@@ -149,11 +146,7 @@ class History(keras.callbacks.Callback):
                 **values,
             }
         )
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(self.rows[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+        write_rows(self.path, self.rows)
 
 
 class TensorBoard(keras.callbacks.Callback):
