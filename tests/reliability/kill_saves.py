@@ -43,7 +43,6 @@ def live(directory: Path, pipe: int) -> None:
     model.compile(keras.optimizers.AdamW(1e-3))
     model.optimizer.build(model.trainable_variables)
     checkpoints = Checkpoints(model, directory)
-    # The optimizer's first variable counts updates: that is what `restore` returns.
     variables = compat.tensorflow_variables([*model.optimizer.variables, *model.state])
     found = checkpoints.restore()
     if found:
@@ -57,6 +56,7 @@ def live(directory: Path, pipe: int) -> None:
     for step in itertools.count(found + 1):
         for variable, values in zip(variables, numbers(variables, step), strict=True):
             variable.assign(values)
+        checkpoints.step = step
         tell("begin", step)
         checkpoints.on_epoch_end(step)
         tell("end", step)
