@@ -168,12 +168,10 @@ def _diagram(contest: Contest, rows: Sequence[dict[str, Any]]) -> bytes:
                 hollow=[row["seeds"] < most[row["num_labeled"]] for row in mine],
             )
         )
-    return draw_label_efficiency(
-        lines,
-        counts,
-        f"labelled {_unit(contest)}",
-        "mean Dice score, 95 % interval; hollow: fewer seeds",
-    )
+    x_label = f"labelled {_unit(contest)}"
+    if any(any(line.hollow) for line in lines):
+        x_label += " (hollow: fewer seeds than other arms)"
+    return draw_label_efficiency(lines, counts, x_label, "mean Dice score, 95 % interval")
 
 
 # The sections of report.md, in their order.
