@@ -33,9 +33,6 @@ def flags_of(tool: str) -> set[str]:
 
     source = (ROOT / "tools" / f"{tool}.py").read_text(encoding="utf-8")
     found = {*re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source), "help", "helpfull"}
-    found |= {
-        flag.replace("-", "_") for flag in re.findall(r'add_argument\(\s*"--([a-z-]+)"', source)
-    }
     return found | set(TrainConfig.__dataclass_fields__) if tool == "train" else found
 
 

@@ -346,6 +346,17 @@ class TestBrats:
         with pytest.raises(InputErrors, match="--regions: labels is 3, must be among"):
             read_data_folder(tmp_path, regions=Regions.parse("brats_msd"))
 
+    def test_images_beside_folders_are_a_plain_folder(self, tmp_path):
+        self.case(tmp_path / "a", *self.OLD[:2])
+        (tmp_path / "b.nii.gz").touch()
+        assert [case.name for case in read_data_folder(tmp_path).cases] == ["b"]
+
+    def test_folders_elsewhere_are_not_looked_into(self, tmp_path):
+        self.case(tmp_path / "elsewhere/a", *self.OLD[:2])
+        (tmp_path / "root").mkdir()
+        (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere/a")
+        assert "without images" in problems(tmp_path / "root")[0]
+
     def test_the_modalities_are_those_of_the_decathlon(self, tmp_path):
         self.case(tmp_path / "a", *self.NEW[:2])
         read_data_folder(tmp_path).check_modalities(("FLAIR", "T1w", "t1gd", "T2w"), "RUN")

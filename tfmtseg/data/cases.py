@@ -51,6 +51,11 @@ class Case:
     images: tuple[Path, ...]
     label: Path | None = None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The image's files, then the label map's, if there is one."""
+        return self.images if self.label is None else (*self.images, self.label)
+
     def without_label(self) -> Case:
         """This case with its label left out, so that nobody can open it."""
         return replace(self, label=None)
@@ -155,8 +160,11 @@ def scan_data_folder(
             )
         description_file = data_root.path / "dataset.json"
         if not (description_file.is_symlink() or description_file.exists()):
-            forms = (_scan_brats(data_root, form, regions) for form in _BRATS_FORMS)
-            return next(filter(None, forms), None) or _scan_plain(data_root, regions)
+            if not _list_images(data_root.path):  # else it is plain, whatever lies beside them
+                forms = (_scan_brats(data_root, form, regions) for form in _BRATS_FORMS)
+                if found := next(filter(None, forms), None):
+                    return found
+            return _scan_plain(data_root, regions)
         description = _Description(description_file, _read_json(data_root, description_file))
         scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
         return scan(data_root, description, regions), description.errors
@@ -591,7 +599,7 @@ def _scan_brats(
     root: _Root, form: _BratsForm, regions: Regions | None
 ) -> tuple[DataFolder | None, list[InputError]] | None:
     """A folder per case, perhaps in folders by grade; `None` if there is no such case."""
-    inner = [path for path in root.path.iterdir() if path.is_dir()]
+    inner = [path for path in root.path.iterdir() if path.is_dir() and root.holds(path)]
     inner += [path for outer in inner for path in outer.iterdir() if path.is_dir()]
     folders = [path for path in sorted(inner) if form.find(path, form.endings[0])]
     if not folders:

@@ -129,9 +129,15 @@ def time_ratio(results: Results, arm: str, reference: str) -> float | None:
     machine does shows in single ones; mean over the places (a processor's name, and how many
     runs it did at once) where both were run. `None` if there are none.
     """
-    times = [results.cpu_seconds(name) for name in (arm, reference)]
-    ratios = [np.median(times[0][place]) / np.median(times[1][place]) for place in times[0]
-              if place in times[1]]  # fmt: skip
+    medians = [
+        {
+            place: np.median([run.cpu_seconds for run in runs])
+            for place, runs in results.by_place(name).items()
+        }
+        for name in (arm, reference)
+    ]
+    ratios = [seconds / medians[1][place] for place, seconds in medians[0].items()
+              if place in medians[1]]  # fmt: skip
     return float(np.mean(ratios)) if ratios else None
 
 

@@ -403,9 +403,7 @@ def _costs(contest: Contest) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for arm in contest.arms:
-        runs = [run for run in contest.results.runs.values() if run.arm == arm.name]
-        for place in sorted({(run.processor, run.side_by_side) for run in runs}):
-            here = [run for run in runs if (run.processor, run.side_by_side) == place]
+        for place, here in sorted(contest.results.by_place(arm.name).items()):
             lines.append(
                 f"| `{arm.name}` | {here[0].train_steps} | {len(here)} | {place[0]}, {place[1]} "
                 f"| {_range([run.seconds for run in here])} "

@@ -96,12 +96,12 @@ class Results:
         """The runs of an arm with so many labelled cases."""
         return [self.runs[arm, num_labeled, seed] for seed in seeds]
 
-    def cpu_seconds(self, arm: str) -> dict[tuple[str, int], list[float]]:
-        """Processor time of an arm's trainings by processor and runs side by side."""
-        found: dict[tuple[str, int], list[float]] = {}
+    def by_place(self, arm: str) -> dict[tuple[str, int], list[RunResult]]:
+        """The runs of an arm by processor and runs side by side."""
+        found: dict[tuple[str, int], list[RunResult]] = {}
         for run in self.runs.values():
             if run.arm == arm:
-                found.setdefault((run.processor, run.side_by_side), []).append(run.cpu_seconds)
+                found.setdefault((run.processor, run.side_by_side), []).append(run)
         return found
 
     @property

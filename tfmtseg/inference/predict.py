@@ -81,11 +81,7 @@ def predict_folder(
 
 def _keep_off(folder: DataFolder, output_dir: Path) -> None:
     """Refuses to write where files of `folder` are, be it by links."""
-    files = [
-        path
-        for case in (*folder.cases, *folder.test_cases)
-        for path in (*case.images, *([case.label] if case.label else []))
-    ]
+    files = [path for case in (*folder.cases, *folder.test_cases) for path in case.files]
     output = output_dir.resolve()
     if output.is_relative_to(folder.root.resolve()):
         where = "in the folder of images"
@@ -257,7 +253,7 @@ def check_headers(cases: Iterable[Case]) -> dict[str, Geometry]:
     """
     errors, geometries = [], {}
     for case in cases:
-        for path in (*case.images, *([case.label] if case.label else [])):
+        for path in case.files:
             try:
                 geometry = read_geometry(path)
             except InputError as error:
