@@ -10,6 +10,7 @@ from absl import app, flags
 
 from tfmtseg.console import flags_only, report_problems
 from tfmtseg.inference.evaluate import compare, evaluate, summarize_runs
+from tfmtseg.metrics.scores import SURFACE_TOLERANCE_MM
 
 _MODEL_DIR = flags.DEFINE_list(
     "model_dir", None, "Folder of a training run, or of several.", required=True
@@ -21,6 +22,12 @@ _MAX_MEMORY_GB = flags.DEFINE_float(
 _FLIPS = flags.DEFINE_bool(
     "test_time_flips", False, "Whether mirrored images vote too, on the axes of the training."
 )
+_SURFACE_TOLERANCE_MM = flags.DEFINE_float(
+    "surface_tolerance_mm",
+    SURFACE_TOLERANCE_MM,
+    "Distance up to which two surfaces agree, for the surface Dice score.",
+    lower_bound=0.0,
+)
 _COMPARISON = flags.DEFINE_string(
     "comparison", None, "HTML file to write about several runs, of the same test cases."
 )
@@ -29,7 +36,9 @@ _COMPARISON = flags.DEFINE_string(
 def _evaluate() -> None:
     split = _SPLIT.value
     for model_dir in _MODEL_DIR.value:
-        summary = evaluate(model_dir, split, _MAX_MEMORY_GB.value, _FLIPS.value)
+        summary = evaluate(
+            model_dir, split, _MAX_MEMORY_GB.value, _FLIPS.value, _SURFACE_TOLERANCE_MM.value
+        )
         _print_means(summary)
         print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")
         print(f"Report: {Path(model_dir) / 'evaluation' / split / 'report.html'}")

@@ -61,13 +61,15 @@ run = pathlib.Path(sys.argv[1].split("=", 1)[1])
 folder = run / "evaluation" / "test"
 folder.mkdir(parents=True, exist_ok=True)
 labelled = json.loads((run / "result.json").read_text())["labelled"]
-heads = ["dice_a", "dice_mean", "hd95_mm_a", "empty_prediction_a", "empty_truth_a"]
+heads = [
+    "dice_a", "dice_mean", "hd95_mm_a", "surface_dice_a", "empty_prediction_a", "empty_truth_a",
+]
 
 def write(file, draws):
     lines = [",".join(["case", *heads])]
     for case in ("p1_1", "p1_2", "p2_1", "p3_1"):
         dice = draws.random()
-        lines.append(f"{case},{dice!r},{dice!r},{draws.random()!r},0,0")
+        lines.append(f"{case},{dice!r},{dice!r},{draws.random()!r},{dice!r},0,0")
     (folder / file).write_text("\\n".join(lines) + "\\n")
 
 write("metrics.csv", random.Random("/".join(run.parts[-2:])))

@@ -116,12 +116,14 @@ def test_scores(make_run):
         rows = list(csv.DictReader(file))
     assert [row["case"] for row in rows] == ["exact", "half"]
     assert list(rows[0]) == [
-        "case", "dice_blob", "dice_mean", "hd95_mm_blob", "empty_prediction_blob",
-        "empty_truth_blob",
+        "case", "dice_blob", "dice_mean", "hd95_mm_blob", "surface_dice_blob",
+        "empty_prediction_blob", "empty_truth_blob",
     ]  # fmt: skip
     assert [float(row["dice_blob"]) for row in rows] == pytest.approx([1, 2 / 3])
     # The far face of the truth is 2 voxels of 2 mm away, and more than 5 % of its surface.
     assert [float(row["hd95_mm_blob"]) for row in rows] == pytest.approx([0, 4])
+    # Of 44 true and 24 predicted surface voxels, the 12 of the far face are 4 mm away, not 2.
+    assert [float(row["surface_dice_blob"]) for row in rows] == pytest.approx([1, 56 / 68])
     assert [row["empty_prediction_blob"] for row in rows] == ["0", "0"]
 
 
@@ -172,6 +174,26 @@ def test_compare(make_run, tmp_path):
 def test_compare_before_evaluation(make_run, tmp_path):
     with pytest.raises(InputError, match="evaluate the model first"):
         compare([make_run()], tmp_path / "report.html")
+
+
+def test_runs_with_other_tolerances_are_not_compared(make_run, tmp_path):
+    directories = [make_run("first"), make_run("second")]
+    evaluate(directories[0])
+    summary = evaluate(directories[1], surface_tolerance_mm=4)
+    assert summary["columns"]["surface_dice_blob"]["mean"] == 1.0
+    with pytest.raises(InputError, match=r"surface_tolerance_mm is 4, must be 2\.0, that of"):
+        compare(directories, tmp_path / "both.html")
+
+
+def test_an_evaluation_of_an_earlier_version_has_to_be_made_again(make_run, tmp_path):
+    directory = make_run()
+    evaluate(directory)
+    path = directory / "evaluation/test/summary.json"
+    summary = json.loads(path.read_text())
+    del summary["surface_tolerance_mm"]
+    path.write_text(json.dumps(summary))
+    with pytest.raises(InputError, match="evaluate the model again"):
+        compare([directory], tmp_path / "report.html")
 
 
 def test_a_split_without_cases_is_refused(make_run):

@@ -20,7 +20,7 @@ def case(name: str, *dice: float, hd95_mm: float = 1.5, empty: bool = False) -> 
     return CaseScores(
         name,
         {
-            region: RegionScores(value, hd95_mm, empty_prediction=empty, empty_truth=False)
+            region: RegionScores(value, hd95_mm, empty, empty_truth=False, surface_dice=value / 2)
             for region, value in zip(REGIONS.names, dice, strict=True)
         },
     )
@@ -49,6 +49,7 @@ def make_run(name: str, scores: list[CaseScores], **changes) -> RunReport:
         "summary": {
             "data": "Task04",
             "split": "test",
+            "surface_tolerance_mm": 2.5,
             **summarize(scores),
             "shape_prior": summarize([case("a", 0.123, 0.123)]),
             "seconds": 12.0,

@@ -21,12 +21,18 @@ def test_scores_by_hand():
     assert anterior.dice == pytest.approx(2 / 3)
     # Directed distances 0, 2 mm and 0; the percentile lies at 95 % of the way from 0 to 2.
     assert anterior.hd95_mm == pytest.approx(1.9)
-    assert (posterior.dice, posterior.hd95_mm) == (1.0, 0.0)
+    assert (posterior.dice, posterior.hd95_mm, posterior.surface_dice) == (1.0, 0.0, 1.0)
+    assert anterior.surface_dice == 1.0  # nothing is farther than the 2 mm that are allowed
     assert posterior.empty_prediction
     assert posterior.empty_truth
     assert not anterior.empty_prediction
     assert not anterior.empty_truth
     assert scores.mean_dice == pytest.approx(5 / 6)
+
+
+def test_surface_dice_takes_its_tolerance():
+    far = line(1, 1, 0, 0), line(1, 0, 0, 0), EXCLUSIVE, (2, 1, 1)
+    assert score_case("a", *far, 1.9).regions["anterior"].surface_dice == pytest.approx(2 / 3)
 
 
 def test_nested_regions_contain_each_other():
@@ -54,6 +60,7 @@ def test_summary_by_hand():
     anterior = summary["columns"]["dice_anterior"]
     assert anterior["mean"] == pytest.approx(2 / 3)
     assert anterior["median"] == 1.0
+    assert summary["columns"]["surface_dice_posterior"]["mean"] == pytest.approx(2 / 3)
     assert anterior["std"] == pytest.approx(np.sqrt(2) / 3)  # variance (1 + 4 + 1) / 9 / 3
     assert summary["empty_prediction"] == {"anterior": 2, "posterior": 2}
     assert summary["empty_truth"] == {"anterior": 1, "posterior": 3}

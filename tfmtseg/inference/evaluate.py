@@ -35,7 +35,7 @@ from tfmtseg.inference.predict import (
 )
 from tfmtseg.inference.report import CaseVolumes, RunReport, write_report
 from tfmtseg.inference.shape_prior import ShapePrior
-from tfmtseg.metrics.scores import CaseScores, score_case, summarize
+from tfmtseg.metrics.scores import SURFACE_TOLERANCE_MM, CaseScores, score_case, summarize
 from tfmtseg.training.run import Run, load_run
 
 
@@ -44,6 +44,7 @@ def evaluate(
     split: str = "test",
     max_memory_gb: float = 0.0,
     flips: bool = False,
+    surface_tolerance_mm: float = SURFACE_TOLERANCE_MM,
 ) -> dict[str, Any]:
     """Segments and scores every case of a split; see the module for what is written.
 
@@ -54,6 +55,7 @@ def evaluate(
         split: `"test"` or `"development"`.
         max_memory_gb: See `windows_per_call`.
         flips: See `predict_volume`.
+        surface_tolerance_mm: See `score_case`.
 
     Returns:
         The content of `summary.json`.
@@ -80,12 +82,14 @@ def evaluate(
         write_label_map(_prediction_path(run, split, case), label_map, geometry)
         truth, spacing_mm = _read_truth(run, case, geometry), geometry.spacing_mm
         guess = prior.predict(truth.shape, spacing_mm)
-        scores.append(score_case(case.name, label_map, truth, run.regions, spacing_mm))
-        prior_scores.append(score_case(case.name, guess, truth, run.regions, spacing_mm))
+        how = run.regions, spacing_mm, surface_tolerance_mm
+        scores.append(score_case(case.name, label_map, truth, *how))
+        prior_scores.append(score_case(case.name, guess, truth, *how))
     summary = {
         "data": run.folder.root.name,
         "split": split,
         "test_time_flips": flips,
+        "surface_tolerance_mm": surface_tolerance_mm,
         **summarize(scores),
         "shape_prior": summarize(prior_scores),
         "seconds": time.perf_counter() - start,
@@ -113,10 +117,10 @@ def summarize_runs(
     Raises:
         InputError: If a run was not evaluated.
     """
-    scores = []
+    scores: list[CaseScores] = []
     for model_dir in model_dirs:
         directory = Path(model_dir) / "evaluation" / split
-        summary = _read_json(directory / "summary.json", "evaluate the model first")
+        summary = _read_summary(directory)
         scores += read_metrics(directory / "metrics.csv", list(summary["empty_truth"]))
     return summarize(scores)
 
@@ -136,7 +140,8 @@ def compare(
         split: The split they were evaluated on.
 
     Raises:
-        InputError: If a run was not evaluated, or on other regions or cases.
+        InputError: If a run was not evaluated, or on other regions or cases, or with
+            another tolerance.
     """
     runs = [load_run(model_dir) for model_dir in model_dirs]
     names = [run.config.method for run in runs]
@@ -149,6 +154,12 @@ def compare(
             raise InputError(
                 run.directory, "evaluation", "of other regions or cases",
                 f"of those of {runs[0].directory}", "compare runs with the same split",
+            )  # fmt: skip
+        tolerances = [r.summary["surface_tolerance_mm"] for r in (report, reports[0])]
+        if tolerances[0] != tolerances[1]:
+            raise InputError(
+                run.directory, "surface_tolerance_mm", tolerances[0],
+                f"{tolerances[1]}, that of {runs[0].directory}", "evaluate both with one tolerance",
             )  # fmt: skip
     write_report(path, reports)
 
@@ -175,7 +186,7 @@ def read_run_report(run: Run, split: str, name: str | None = None) -> RunReport:
         name=name or run.config.method,
         regions=run.regions,
         result=result,
-        summary=_read_json(directory / "summary.json", "evaluate the model first"),
+        summary=_read_summary(directory),
         scores=read_metrics(directory / "metrics.csv", run.regions.names),
         history=_read_history(run.directory / result.get("history_file", "history.csv")),
         modality=run.modalities[0],
@@ -265,6 +276,17 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
         name: np.array([float(row[name]) if row[name] else np.nan for row in rows])
         for name in rows[0]
     }
+
+
+def _read_summary(directory: Path) -> dict[str, Any]:
+    path = directory / "summary.json"
+    summary = _read_json(path, "evaluate the model first")
+    if "surface_tolerance_mm" not in summary:
+        raise InputError(
+            path, "surface_tolerance_mm", "missing", "there",
+            "evaluate the model again: an earlier version wrote this",
+        )  # fmt: skip
+    return summary
 
 
 def _read_json(path: Path, fix: str) -> dict[str, Any]:

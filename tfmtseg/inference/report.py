@@ -191,13 +191,15 @@ def _results(runs: Sequence[RunReport]) -> str:
         cells = [_spread(_column(summary, f"dice_{name}"), 3) for name in names]
         cells.append(f"<b>{_spread(_column(summary, 'dice_mean'), 3)}</b>")
         cells += [_spread(_column(summary, f"hd95_mm_{name}"), 2) for name in names]
+        cells += [_spread(_column(summary, f"surface_dice_{name}"), 3) for name in names]
         lines.append(f'<tr class="{kind}"><th>{label}</th>{_cells(cells)}</tr>')
     return _section(
         "Results",
         f'<div class="scroll"><table><thead><tr><th rowspan="2"></th>'
         f'<th colspan="{len(names) + 1}">Dice score (higher is better)</th>'
-        f'<th colspan="{len(names)}">HD95 in mm (lower is better)</th></tr>'
-        f"<tr>{heads}<th>mean</th>{heads}</tr></thead>"
+        f'<th colspan="{len(names)}">HD95 in mm (lower is better)</th>'
+        f'<th colspan="{len(names)}">{_surface_dice(runs[0])} (higher is better)</th></tr>'
+        f"<tr>{heads}<th>mean</th>{heads}{heads}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
         f'<div class="figures">{_figure(dots, "Every case is a dot, their mean a bar.")}'
         f'<ul class="notes">{"".join(f"<li>{note}</li>" for note in _notes(runs))}</ul></div>',
@@ -209,7 +211,8 @@ def _notes(runs: Sequence[RunReport]) -> Iterable[str]:
     yield "Mean ± standard deviation over the cases. Nothing was left out."
     yield (
         "A region absent from truth and prediction scores Dice 1 and HD95 0; absent from "
-        "one of them, Dice 0 and the length of the volume&rsquo;s diagonal."
+        "one of them, Dice 0 and the length of the volume&rsquo;s diagonal. Surface Dice is the "
+        "share of both surfaces that lies within the tolerance of the other."
     )
     for run in runs:
         for name in run.regions.names:
@@ -375,6 +378,7 @@ def _case_table(run: RunReport) -> str:
             for value in [*(region.dice for region in regions), case.mean_dice]
         )
         hd95 = _cells(f"{region.hd95_mm:.2f}" for region in regions)
+        surface_dice = _cells(f"{region.surface_dice:.3f}" for region in regions)
         remarks = []
         for name in names:
             empty = case.regions[name].empty_prediction, case.regions[name].empty_truth
@@ -386,16 +390,21 @@ def _case_table(run: RunReport) -> str:
             if remark:
                 remarks.append(f"{_escape(name)}: {remark}")
         rows.append(
-            f"<tr><th>{_escape(case.case)}</th>{dice}{hd95}"
+            f"<tr><th>{_escape(case.case)}</th>{dice}{hd95}{surface_dice}"
             f'<td class="remark">{"; ".join(remarks)}</td></tr>'
         )
     heads = "".join(f"<th>{_escape(name)}</th>" for name in names)
     return (
         '<div class="scroll"><table><thead><tr><th rowspan="2">case</th>'
         f'<th colspan="{len(names) + 1}">Dice score</th><th colspan="{len(names)}">HD95 in mm</th>'
-        f'<th rowspan="2"></th></tr><tr>{heads}<th>mean</th>{heads}</tr></thead>'
+        f'<th colspan="{len(names)}">{_surface_dice(run)}</th>'
+        f'<th rowspan="2"></th></tr><tr>{heads}<th>mean</th>{heads}{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _surface_dice(run: RunReport) -> str:
+    return f"Surface Dice at {run.summary['surface_tolerance_mm']:g} mm"
 
 
 def _what_was_run(runs: Sequence[RunReport]) -> str:

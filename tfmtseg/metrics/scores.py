@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from tfmtseg.metrics.dice import dice_score
-from tfmtseg.metrics.surface import hausdorff_distance
+from tfmtseg.metrics.surface import SurfaceDistances
 from tfmtseg.regions import Regions
+
+SURFACE_TOLERANCE_MM = 2.0  # of the surface Dice score, where none is given
 
 
 @dataclass(frozen=True)
@@ -19,15 +22,18 @@ class RegionScores:
 
     Args:
         dice: Dice score in [0, 1]; see `tfmtseg.metrics.dice.dice_score`.
-        hd95_mm: See `tfmtseg.metrics.surface.hausdorff_distance`.
+        hd95_mm: See `tfmtseg.metrics.surface.SurfaceDistances.hausdorff`.
         empty_prediction: Whether nothing was predicted.
         empty_truth: Whether the case has nothing of the region.
+        surface_dice: See `tfmtseg.metrics.surface.SurfaceDistances.dice`; NaN where it was not
+            measured, as in the tables of an experiment.
     """
 
     dice: float
     hd95_mm: float
     empty_prediction: bool
     empty_truth: bool
+    surface_dice: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class CaseScores:
             **{f"dice_{name}": region.dice for name, region in regions},
             "dice_mean": self.mean_dice,
             **{f"hd95_mm_{name}": region.hd95_mm for name, region in regions},
+            **{f"surface_dice_{name}": region.surface_dice for name, region in regions},
             **{
                 f"empty_prediction_{name}": int(region.empty_prediction) for name, region in regions
             },
@@ -77,6 +84,7 @@ class CaseScores:
                     hd95_mm=float(columns[f"hd95_mm_{name}"]),
                     empty_prediction=columns[f"empty_prediction_{name}"] == "1",
                     empty_truth=columns[f"empty_truth_{name}"] == "1",
+                    surface_dice=float(columns[f"surface_dice_{name}"]),
                 )
                 for name in names
             },
@@ -89,6 +97,7 @@ def score_case(
     truth: np.ndarray,
     regions: Regions,
     spacing_mm: Sequence[float],
+    surface_tolerance_mm: float = SURFACE_TOLERANCE_MM,
 ) -> CaseScores:
     """Compares two label maps region by region.
 
@@ -98,16 +107,19 @@ def score_case(
         truth: Label map, the same shape.
         regions: What is compared.
         spacing_mm: Voxel size along x, y and z.
+        surface_tolerance_mm: That of the surface Dice score.
     """
     predicted, true = regions.masks(prediction), regions.masks(truth)
     scores = {}
     for index, name in enumerate(regions.names):
         pair = predicted[..., index], true[..., index]
+        distances = SurfaceDistances.between(*pair, spacing_mm)
         scores[name] = RegionScores(
             dice=dice_score(*pair),
-            hd95_mm=hausdorff_distance(*pair, spacing_mm),
+            hd95_mm=distances.hausdorff(),
             empty_prediction=not pair[0].any(),
             empty_truth=not pair[1].any(),
+            surface_dice=distances.dice(surface_tolerance_mm),
         )
     return CaseScores(case, scores)
 
@@ -121,8 +133,8 @@ def summarize(scores: Sequence[CaseScores]) -> dict[str, Any]:
     Returns:
         `{"num_cases", "mean_dice", "columns", "empty_prediction",
         "empty_truth"}`. `columns` holds `mean`, `std` (over the cases, divided
-        by their number) and `median` of each `dice_*` and `hd95_mm_*` column;
-        the last two hold the number of empty masks by region.
+        by their number) and `median` of each `dice_*`, `hd95_mm_*` and
+        `surface_dice_*` column; the last two hold the number of empty masks by region.
     """
     names = list(scores[0].regions)
     rows = [case.columns() for case in scores]
