@@ -66,6 +66,34 @@ def test_places_have_the_label_of_the_voxel_in_their_middle():
         np.testing.assert_array_equal(masks, features > 0)
 
 
+def test_the_probe_is_scored_case_by_case(monkeypatch):
+    """A probe that is right on one case, and finds nothing in two others: one third.
+
+    Were patches of several cases pooled, it would be more: with half of its voxels found, a
+    pool scores two thirds.
+    """
+    names = ["a", "b", "c"]
+
+    def patches(run, records, per_batch):
+        for record in [*records, *records[::-1]]:  # each round has its own order
+            yield record, np.zeros((1, 1))
+
+    def features(model, images, labels):
+        right = images == "a"
+        return {"h0": (np.full((4, 1), 1.0 if right else -1.0), np.ones((4, 1), bool))}
+
+    monkeypatch.setattr(diagnose_module, "_patches", patches)
+    monkeypatch.setattr(diagnose_module, "_features", features)
+    monkeypatch.setattr(
+        diagnose_module,
+        "LinearProbe",
+        lambda *_: SimpleNamespace(predict=lambda values: values > 0),
+    )
+    run = SimpleNamespace(config=SimpleNamespace(seed=0), model=None)
+    found = diagnose_module._probe(run, names[:1], names)
+    assert found == {"h0": pytest.approx(1 / 3)}
+
+
 @pytest.mark.parametrize("form", ["repaired", "dense", "classes"])
 def test_a_run_is_measured(tmp_path, monkeypatch, form):
     write_phantoms(tmp_path / "data", 4, shape=(20, 20, 20))

@@ -32,6 +32,7 @@ from tfmtseg.experiment.statistics import (
     subject_means,
     wilcoxon_p,
 )
+from tfmtseg.models.methods import METHODS
 
 PAPER_METHODS = ("encdec", "vaeseg", "boundseg", "cpcseg", "ssvaeseg", "sscpcseg")
 CLAIMED = "sscpcseg"
@@ -56,7 +57,8 @@ class Comparison:
         low: Lower end of its 95 % interval.
         high: Upper end.
         p: Of the signed-rank test over subjects, each averaged over seeds and cases.
-        p_holm: Corrected for the number of comparisons of the table it stands in.
+        p_holm: Corrected for the number of comparisons that have seeds enough to decide
+            something; `None` for the others.
         time_ratio: Processor time of the arm's trainings over that of the reference's, see
             `time_ratio`.
     """
@@ -71,13 +73,13 @@ class Comparison:
     low: float
     high: float
     p: float
-    p_holm: float
+    p_holm: float | None
     time_ratio: float | None
 
     @property
     def is_gain(self) -> bool:
         """Whether the arm is better: by its interval, and by the corrected test."""
-        return self.low > 0 and self.p_holm < SIGNIFICANCE
+        return self.low > 0 and self.p_holm is not None and self.p_holm < SIGNIFICANCE
 
 
 def compare(
@@ -117,7 +119,7 @@ def compare(
         low=low,
         high=high,
         p=p,
-        p_holm=p,
+        p_holm=None,
         time_ratio=time_ratio(results, arm, reference),
     )
 
@@ -164,8 +166,11 @@ class Contest:
         self.few = few
         finished = {arm for arm, _, _ in results.runs}
         self.arms = [arm for name, arm in experiment.arms.items() if name in finished]
-        self.equal_steps = self._equal_steps()
-        self.equal_time, self.lacking = self._equal_time()
+        equal_steps = self._equal_steps()
+        equal_time, self.lacking = self._equal_time()
+        corrected = _corrected([*equal_steps, *equal_time])
+        self.equal_steps = corrected[: len(equal_steps)]
+        self.equal_time = corrected[len(equal_steps) :]
 
     def find(self, kind: Kind, steps: int) -> Arm | None:
         """The arm of a kind that made so many updates."""
@@ -180,7 +185,7 @@ class Contest:
         return arm.name if arm else kind_text(kind)
 
     def _equal_steps(self) -> list[Comparison]:
-        comparisons = []
+        comparisons: list[Comparison | None] = []
         for arm in self.arms:
             steps = self.experiment.steps(arm)
             kinds = references(arm)
@@ -194,11 +199,11 @@ class Contest:
                         compare(self.results, self.subject, arm.name, reference.name, count)
                         for count in self.results.counts(arm.name)
                     ]
-        return _corrected(comparisons)
+        return [comparison for comparison in comparisons if comparison is not None]
 
     def _equal_time(self) -> tuple[list[Comparison], list[str]]:
         """Comparisons with the reference that took as long, and what would be needed for more."""
-        comparisons: list[Comparison | None] = []
+        comparisons: list[Comparison] = []
         lacking: list[str] = []
         for arm in self.arms:
             for kind in references(arm):
@@ -219,7 +224,7 @@ class Contest:
                         alone.append((closest, ratios[closest]))
                 if alone:
                     lacking.append(self._suggestion(alone))
-        return _corrected(comparisons), lacking
+        return comparisons, lacking
 
     def _suggestion(self, closest: Sequence[tuple[Comparison, float]]) -> str:
         """A copy of the reference that would take as long as the arm of these comparisons."""
@@ -246,22 +251,7 @@ class Contest:
         It is chosen by the test cases it is then judged on; the correction for the
         number of comparisons covers this, the intervals do not.
         """
-        controls = [kind_of(name) for name in KNOWN_ARMS]
-        steps = self.experiment.settings.train_steps
-        baseline = self.name_of(kind_of(BASELINE), steps)
-        found = {
-            arm: self.at_few(arm.name, [baseline])
-            for arm in self.arms
-            if self.experiment.steps(arm) == steps
-            and arm.method != BASELINE
-            and arm.kind not in controls
-            and arm.differs_in_task_alone
-        }
-        complete = {
-            arm: evidence.comparisons
-            for arm, evidence in found.items()
-            if evidence.comparisons and not evidence.missing
-        }
+        complete = self._rivals()
         decided = {
             arm: comparisons
             for arm, comparisons in complete.items()
@@ -273,6 +263,30 @@ class Contest:
             key=lambda arm: float(np.mean([c.difference for c in candidates[arm]])),
             default=None,
         )
+
+    def untried(self) -> list[str]:
+        """Methods beside `encdec` that `best` could not choose."""
+        tried = {BASELINE, *(arm.method for arm in self._rivals())}
+        return [method for method in METHODS if method not in tried]
+
+    def _rivals(self) -> dict[Arm, Sequence[Comparison]]:
+        """What the arms that may be the best gain over `encdec` at all numbers of few labels."""
+        controls = [kind_of(name) for name in KNOWN_ARMS]
+        steps = self.experiment.settings.train_steps
+        baseline = self.name_of(kind_of(BASELINE), steps)
+        found = {
+            arm: self.at_few(arm.name, [baseline])
+            for arm in self.arms
+            if self.experiment.steps(arm) == steps
+            and arm.method != BASELINE
+            and arm.kind not in controls
+            and arm.differs_in_task_alone
+        }
+        return {
+            arm: evidence.comparisons
+            for arm, evidence in found.items()
+            if evidence.comparisons and not evidence.missing
+        }
 
     def at_few(self, arm: str, references: Iterable[str]) -> Evidence:
         """The equal-steps comparisons of an arm that a claim rests on."""
@@ -330,8 +344,16 @@ def kind_of(known: str) -> Kind:
     return Arm(known, method, parse_settings(settings, known)).kind
 
 
-def _corrected(comparisons: Sequence[Comparison | None]) -> list[Comparison]:
-    """Those that could be made, with their p-values corrected as one family."""
-    made = [comparison for comparison in comparisons if comparison is not None]
-    corrected = holm([comparison.p for comparison in made])
-    return [dataclasses.replace(c, p_holm=p) for c, p in zip(made, corrected, strict=True)]
+def _corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """With their p-values corrected as one family.
+
+    Comparisons without enough seeds decide nothing: they neither need a correction nor add to
+    that of the others. One that stands in the list twice counts once.
+    """
+    family = {_key(c): c.p for c in comparisons if c.seeds >= MIN_SEEDS}
+    corrected = dict(zip(family, holm(list(family.values())), strict=True))
+    return [dataclasses.replace(c, p_holm=corrected.get(_key(c))) for c in comparisons]
+
+
+def _key(comparison: Comparison) -> tuple[str, str, int]:
+    return comparison.arm, comparison.reference, comparison.num_labeled

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,17 @@ from tfmtseg.training.config import TrainConfig, find_preset, read_settings, rea
 SHAPE_PRIOR = "shape_prior"
 # Arms that are a method with settings. A branch of weight 0 changes no bit of encoder and
 # decoder (tests/models/test_segmenter.py), so that `control_a` is `encdec` at a higher price.
-KNOWN_ARMS = {"control_a": "sscpcseg:branch_weight=0"}
+# `pasted` is copy-paste whose teacher labels nothing: `encdec` on mixed labelled patches.
+KNOWN_ARMS = {"control_a": "sscpcseg:branch_weight=0", "pasted": "bcp:teacher_start=1"}
 # What every arm is measured against.
 BASELINE = "encdec"
-# What the gain of a method's contrast is measured against; `encdec` for the others.
-CONTROLS = {"bcpcpcseg": "bcp"}
 CONTRAST_SETTINGS = {
     "branch_weight", "contrastive_form", "cube_size", "negatives", "predictor_blocks",
 }  # fmt: skip
+TEACHER_SETTINGS = {"pseudo_label_weight", "teacher_momentum", "teacher_start"}
 # Settings of the second task alone. Arms that differ in others too, such as the width, are
 # no rivals: the claims are about the second task.
-TASK_SETTINGS = CONTRAST_SETTINGS | {
-    "pseudo_label_weight", "teacher_momentum", "teacher_start", "unlabeled_per_step",
-}  # fmt: skip
+TASK_SETTINGS = CONTRAST_SETTINGS | TEACHER_SETTINGS | {"unlabeled_per_step"}
 # What the experiment itself sets for each run.
 OWN_SETTINGS = {"data_dir", "model_dir", "cache_dir", "method", "num_labeled", "seed"}
 Kind = tuple[str, tuple[tuple[str, Any], ...]]  # method and settings
@@ -74,14 +72,25 @@ class Arm:
 
     @property
     def control(self) -> Kind:
-        """The kind of the arm that differs by the contrast alone; else, by the second task."""
-        own = CONTRAST_SETTINGS if self.method in CONTROLS else TASK_SETTINGS
+        """The kind of the arm that differs by what is to be shown alone.
+
+        That is the contrast beside a teacher (`bcpcpcseg`), or the teacher (`bcp`), which labels
+        nothing in the control; else the second task as a whole, and the control is `encdec`.
+        """
+        if self.method == "bcpcpcseg":
+            return self._without("bcp", CONTRAST_SETTINGS)
+        if self.method == "bcp" and self.settings.get("teacher_start") != 1:
+            return self._without("bcp", TEACHER_SETTINGS, teacher_start=1.0)
+        return self._without(BASELINE, TASK_SETTINGS)
+
+    def _without(self, method: str, own: Collection[str], **given: Any) -> Kind:
+        """The kind of a method with these settings, `own` and the steps left out."""
         rest = {
             name: value
             for name, value in self.settings.items()
             if name not in own and name != "train_steps"
         }
-        return CONTROLS.get(self.method, BASELINE), tuple(sorted(rest.items()))
+        return method, tuple(sorted({**rest, **given}.items()))
 
     @property
     def differs_in_task_alone(self) -> bool:

@@ -270,7 +270,12 @@ def _third_claim(contest: Contest) -> list[str]:
     baseline = contest.name_of(kind_of(BASELINE), steps)
     evidence = contest.at_few(best.name, [contest.name_of(k, steps) for k in references(best)])
     verdict = evidence.verdict(lambda c: MARGIN if c.reference == baseline else 0)
+    untried = contest.untried()
+    if untried and verdict == "does not hold":
+        verdict += " for the best of those run"
     lines = _claim(f"{title} (best: `{best.name}`)", verdict, evidence)
+    if untried:
+        lines += [f"Not run at these numbers: {', '.join(f'`{name}`' for name in untried)}.", ""]
     return lines + _labels_saved(contest, best)
 
 
@@ -353,9 +358,11 @@ def _differences(contest: Contest) -> str:
     lines = [
         "## Differences",
         "",
-        "Every arm minus `encdec` and minus its control, which is the same without the contrast, "
-        "in points of mean Dice; gains, losses and nulls alike. Beside the interval, the "
-        "difference of each seed.",
+        "Every arm minus `encdec` and minus its control, in points of mean Dice; gains, losses and "
+        "nulls alike. The control of `bcpcpcseg` is the same without the contrast, `bcp`; that "
+        "of `bcp` is the same with a teacher that labels nothing, `pasted`; that of the others "
+        "is `encdec`. `bcp`, `pasted` and `bcpcpcseg` train on mixed patches besides, parts of "
+        "which are labelled volumes. Beside the interval, the difference of each seed.",
         "",
         "### At equal steps",
         "",
@@ -426,12 +433,12 @@ def _method(contest: Contest) -> str:
         "hierarchical bootstrap with "
         f"{REPLICATES:,} replicates, which draws seeds, then subjects, then cases of each subject; "
         "all drawn seeds meet the same drawn cases. With one seed an interval says nothing of the "
-        "chance of seeds; with three it is too narrow, most where test cases are many and seeds "
+        "chance of seeds; with few it may be too narrow, where test cases are many and seeds "
         "differ more than arms do. p: two-sided Wilcoxon signed-rank test over subjects, scores "
         "averaged over seeds and over the subject's cases, because cases of one subject are not "
         "independent; it is about the networks that were trained, and knows nothing of other "
-        "seeds. Corrected: Holm, over all rows of the table at equal steps, and over all rows of "
-        "that at equal time. The best method of S3 is "
+        "seeds. Corrected: Holm, over all differences at equal steps and at equal time that "
+        f"{MIN_SEEDS} seeds or more have. The best method of S3 is "
         "chosen by the test cases it is judged on, which flatters its interval.\n\n"
         "`cases.csv` holds every score of every test case, `runs.csv` every run, `table.csv` the "
         "scores above and `comparisons.csv` the differences at equal steps and time, all digits. "
@@ -524,5 +531,7 @@ def _range(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.0f} to {max(values):.0f})"
 
 
-def _p(value: float) -> str:
+def _p(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"

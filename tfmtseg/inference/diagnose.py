@@ -11,7 +11,7 @@ Answers, for the question whether a contrastive task helps a segmentation:
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,22 +78,20 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
     return result
 
 
-def _patches(run: Run, records: Sequence[Record], per_batch: int, what: str) -> Any:
-    """Images and label maps of `ROUNDS` patches of each case, unchanged, with a bar."""
-    rounds = [
-        held_out_batches(
+def _patches(
+    run: Run, records: Sequence[Record], per_batch: int
+) -> Iterator[tuple[tf.Tensor, np.ndarray]]:
+    """Images and label maps of `ROUNDS` patches of each case, unchanged, in any order."""
+    for i in range(ROUNDS):
+        batches = held_out_batches(
             records,
             run.config.crop,
             per_batch=per_batch,
             foreground_probability=run.config.foreground_probability,
             seed=run.config.seed + i,
         )
-        for i in range(ROUNDS)
-    ]
-    total = ROUNDS * -(-len(records) // per_batch)
-    chained = (element for batches in rounds for element in batches)
-    for images, labels, _ in tqdm(chained, desc=what, total=total, unit="batch"):
-        yield images, labels.numpy()
+        for images, labels, _ in batches:
+            yield images, labels.numpy()
 
 
 def _contrast(
@@ -104,13 +102,19 @@ def _contrast(
     if branch is None or branch.learns_from == "labels" or "accuracy" not in branch.shown:
         return None
     per_batch = run.config.unlabeled_per_step or run.config.labeled_per_step
+
+    def images_of(records: Sequence[Record], what: str) -> Iterator[tf.Tensor]:
+        total = ROUNDS * -(-len(records) // per_batch)
+        patches = _patches(run, records, per_batch)
+        return (images for images, _ in tqdm(patches, desc=what, total=total, unit="batch"))
+
     sums: list[np.ndarray] = [
         tf.reduce_sum(branch.keys(_batch(run.model, images)), 0).numpy()
-        for images, _ in _patches(run, training, per_batch, "Keys by place")
+        for images in images_of(training, "Keys by place")
     ]
     means = np.sum(sums, axis=0)  # their lengths do not matter
     found: dict[str, list[float]] = {name: [] for name in (*branch.shown, "accuracy_by_place")}
-    for images, _ in _patches(run, held_out, per_batch, "Contrast"):
+    for images in images_of(held_out, "Contrast"):
         batch = _batch(run.model, images)
         for name, value in branch.learn(batch).items():
             found[name].append(float(tf.reduce_mean(value)))
@@ -162,24 +166,24 @@ def _probe(run: Run, training: Sequence[Record], held_out: Sequence[Record]) -> 
     """Mean Dice score over cases and regions of a linear probe on each level."""
     chosen = np.random.default_rng(run.config.seed)
     samples: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for images, labels in _patches(run, training, 1, "Probe: features"):
-        for level, (features, masks) in _features(run.model, images, labels).items():
-            some = chosen.permutation(len(features))[:PROBE_VOXELS]
-            samples.setdefault(level, []).append((features[some], masks[some]))
+    for record in tqdm(training, desc="Probe: features", unit="case"):
+        for images, labels in _patches(run, [record], 1):
+            for level, (features, masks) in _features(run.model, images, labels).items():
+                some = chosen.permutation(len(features))[:PROBE_VOXELS]
+                samples.setdefault(level, []).append((features[some], masks[some]))
     probes = {
         level: LinearProbe(*map(np.concatenate, zip(*pairs, strict=True)))
         for level, pairs in samples.items()
     }
-    # Patches of a case follow each other in steps of the number of cases.
-    found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {level: [] for level in probes}
-    for images, labels in _patches(run, held_out, 1, "Probe: scores"):
-        for level, (features, masks) in _features(run.model, images, labels).items():
-            found[level].append((probes[level].predict(features), masks))
-    scores = {}
-    for level, pairs in found.items():
-        by_case = [pairs[i :: len(held_out)] for i in range(len(held_out))]
-        scores[level] = float(np.mean([_case_dice(pairs) for pairs in by_case]))
-    return scores
+    found: dict[str, list[float]] = {level: [] for level in probes}
+    for record in tqdm(held_out, desc="Probe: scores", unit="case"):
+        pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {level: [] for level in probes}
+        for images, labels in _patches(run, [record], 1):
+            for level, (features, masks) in _features(run.model, images, labels).items():
+                pairs[level].append((probes[level].predict(features), masks))
+        for level in probes:
+            found[level].append(_case_dice(pairs[level]))
+    return {level: float(np.mean(dice)) for level, dice in found.items()}
 
 
 def _case_dice(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
