@@ -146,21 +146,22 @@ void TimesPanel(int64_t rows, const Group* a, int64_t a_stride, const Group* b, 
   }
 }
 
-// Columns [first, first + kPanel) of x[rows, columns], times a factor for each row, as a panel
-// [groups of rows, kPanel]; zeros beyond the last row and column.
-void PackColumns(const float* x, int64_t rows, int64_t columns, int64_t first,
-                 const float* factors, Group* panel) {
+// Columns [first, first + kPanel) of x[rows, columns], times factor(row), as a panel
+// [groups of rows, kPanel]; zeros beyond the last row and column, and for rows of factor 0, which
+// may hold NaN.
+template <typename Factor>
+void PackColumns(const float* x, int64_t rows, int64_t columns, int64_t first, Factor factor,
+                 Group* panel) {
   const int64_t count = std::min(kPanel, columns - first);
   const float* in = x + first;
   for (int64_t i = 0; i < rows; i += kDepth) {
-    const bool has_next = kDepth == 2 && i + 1 < rows;
-    const float factor = factors == nullptr ? 1.0f : factors[i];
-    const float next_factor = !has_next ? 0.0f : factors == nullptr ? 1.0f : factors[i + 1];
+    const float own = factor(i);
+    const float following = kDepth == 2 && i + 1 < rows ? factor(i + 1) : 0.0f;
     const float* row = in + i * columns;
-    const float* next = has_next ? row + columns : nullptr;
+    const float* next = following == 0 ? nullptr : row + columns;
     Group* out = panel + i / kDepth * kPanel;
     for (int64_t j = 0; j < count; ++j) {
-      out[j] = Join(row[j] * factor, next == nullptr ? 0.0f : next[j] * next_factor);
+      out[j] = Join(own == 0 ? 0.0f : row[j] * own, next == nullptr ? 0.0f : next[j] * following);
     }
     std::fill(out + count, out + kPanel, Group{});
   }
@@ -216,7 +217,8 @@ class Runner {
     if (gradients) {
       query_panels_ = New<Group>(GroupsOf(most) * features_);
       factors_ = New<float>(most);
-      temperature_terms_.assign(n, 0.0);
+      temperature_terms_ = New<double>(n);
+      for (int64_t i = 0; i < n; ++i) temperature_terms_[i] = 0;
     }
     block_positives_.resize(most);
     for (int64_t first = 0; first < n; first += block) {
@@ -230,7 +232,8 @@ class Runner {
       if (!gradients) continue;
       parallel_for_(panels, rows * kPanel, [&](int64_t begin, int64_t end) {
         for (int64_t panel = begin; panel < end; ++panel) {
-          PackColumns(p_.queries + first * d, rows, d, panel * kPanel, factors_,
+          PackColumns(p_.queries + first * d, rows, d, panel * kPanel,
+                      [&](int64_t row) { return factors_[row]; },
                       query_panels_ + panel * GroupsOf(rows) * kPanel);
         }
       });
@@ -243,7 +246,7 @@ class Runner {
     }
     if (gradients) {
       double total = 0;
-      for (double term : temperature_terms_) total += term;
+      for (int64_t i = 0; i < n; ++i) total += temperature_terms_[i];
       *r_.grad_temperature = static_cast<float>(-total / p_.temperature);
     }
   }
@@ -282,9 +285,12 @@ class Runner {
     if (!gradients) return;
     Group* key_panels = New<Group>(GroupsOf(m) * features_);
     key_panels_ = key_panels;
+    const auto kept = [this](int64_t key) {
+      return p_.key_mask == nullptr || p_.key_mask[key] ? 1.0f : 0.0f;
+    };
     parallel_for_(features_ / kPanel, m * kPanel, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        PackColumns(p_.keys, m, d, i * kPanel, nullptr, key_panels + i * GroupsOf(m) * kPanel);
+        PackColumns(p_.keys, m, d, i * kPanel, kept, key_panels + i * GroupsOf(m) * kPanel);
       }
     });
   }
@@ -346,6 +352,7 @@ class Runner {
       }
     }
     for (int64_t i = 0; i < count; ++i) {
+      if (block_positives_[row + i].empty()) continue;  // its gradient stays 0
       const float* q = p_.queries + (query + i) * d;
       float* gradient = r_.grad_queries + (query + i) * d;
       const float factor = factors_[row + i];
@@ -432,8 +439,10 @@ class Runner {
   void FinishLoss(int64_t query, int64_t row, double maximum, double negatives) {
     std::vector<Positive>& positives = block_positives_[row];
     if (positives.empty()) {
-      if (r_.with_gradients) factors_[row] = 0;
-      return;  // the loss stays 0
+      if (!r_.with_gradients) return;  // the loss stays 0
+      factors_[row] = 0;
+      for (int64_t s = 0; s < strips_; ++s) std::fill_n(Strip(s, row), kColumns, 0.0f);
+      return;
     }
     double top = -kInfinity, mean = 0, sum = 0;
     for (const Positive& p : positives) top = std::fmax(top, p.logit);
@@ -518,7 +527,7 @@ class Runner {
   float* slab_ = nullptr;
   float* factors_ = nullptr;  // w / temperature * exp(largest negative - log-sum-exp), of rows
   std::vector<std::vector<Positive>> block_positives_;
-  std::vector<double> temperature_terms_;
+  double* temperature_terms_ = nullptr;  // of each query
 };
 
 using Run = void (*)(const InfoNceProblem&, const ParallelFor&, const Allocate&,

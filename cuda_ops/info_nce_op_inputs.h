@@ -49,6 +49,9 @@ class InfoNceInputReader {
                                                      ShapeOf(queries), " and ", ShapeOf(keys),
                                                      ", must agree in features"));
     }
+    if (queries.dim_size(1) == 0) {
+      return absl::InvalidArgumentError("queries, keys: there are 0 features, must be 1 or more");
+    }
     *inputs = {};
     inputs->n = queries.dim_size(0);
     inputs->m = keys.dim_size(0);

@@ -270,6 +270,8 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) TensorCoreSweepKernel(S
       *reinterpret_cast<float2*>(pair) = make_float2(output[b][2 * h], output[b][2 * h + 1]);
     }
   }
+#elif defined(__CUDA_ARCH__)
+  __trap();  // compiled for older GPUs and run on a newer one: an error, not what memory holds
 #endif  // TFMTSEG_HAS_TENSOR_CORES
 }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -282,10 +283,29 @@ def test_cuda_where_nvcc_and_a_gpu_are(probe_sources, plain_sources, compiler_lo
         ((80, 90), [75, 90], False),
         ((80, 90), [120], True),  # by the PTX of 9.0
         ((80,), [90], True),
+        ((75,), [80], False),  # its PTX has no kernels for tensor cores
+        ((70,), [75], True),
     ],
 )
 def test_which_gpus_a_library_serves(architectures, gpus, expected):
     assert build.serves(architectures, gpus) == expected
+
+
+@pytest.mark.parametrize("name", ["info_nce_cpu_avx2.cc", "group_norm_cpu_avx2.cc"])
+def test_an_instruction_set_shares_no_function_with_others(name, tmp_path):
+    """The linker keeps one copy of a shared function, and every processor would run it.
+
+    Weak functions are those that several objects may define: templates and inline ones.
+    """
+    sources = build.source_dir()
+    flags = build.compile_flags(name, "cpu", "x86_64")
+    built = tmp_path / "built.o"
+    subprocess.run(["g++", *flags, "-c", sources / name, "-o", built], check=True)
+    lines = subprocess.run(
+        ["nm", "-C", "--defined-only", built], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    weak = [line for line in lines if re.match(r"\w* W ", line)]
+    assert [line for line in weak if "_avx2::" not in line] == []
 
 
 def test_nvcc_is_found_beside_the_path(tmp_path, monkeypatch):

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfmtseg.ops import info_nce, nt_xent, reference, retrieval_accuracy, supervised_contrastive
+from tfmtseg.ops import (
+    info_nce,
+    library,
+    native,
+    nt_xent,
+    reference,
+    retrieval_accuracy,
+    supervised_contrastive,
+)
 
 both = pytest.mark.parametrize("implementation", ["reference", "native"])
 
@@ -490,7 +498,7 @@ def test_types_that_cannot_be_compared(dtype):
 
 
 @both
-@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
 def test_temperature_must_be_positive(temperature, implementation):
     queries, keys, positives = arrays(2, 3, 4)
     with pytest.raises(tf.errors.InvalidArgumentError, match="temperature must be positive"):
@@ -504,15 +512,110 @@ def test_temperature_must_be_positive(temperature, implementation):
 
 
 @both
+def test_what_is_left_out_may_be_nan(implementation):
+    """A masked key and a query without a positive; bfloat16 too, which has other packing."""
+    queries, keys, positives = arrays(60, 70, 6)
+    queries, keys = queries / 4, keys / 4
+    positives[7], kept = -1, np.arange(70) != 69
+    positives[positives == 69] = 3
+    for dtype, instead in ((tf.float32, 0.5), (tf.bfloat16, 0.5)):
+        found = {}
+        for value in (instead, np.nan):
+            queries[7], keys[69] = value, value
+            with tf.GradientTape() as tape:
+                inputs = [tf.cast(queries, dtype), tf.cast(keys, dtype), tf.constant(0.2)]
+                tape.watch(inputs)
+                loss = info_nce(
+                    *inputs[:2], temperature=inputs[2], positives=positives, key_mask=kept,
+                    normalize=False, reduction="sum", implementation=implementation,
+                )  # fmt: skip
+            found[value] = [loss, *tape.gradient(loss, inputs)]
+        for with_nan, without in zip(found[np.nan], found[instead], strict=True):
+            assert np.isfinite(tf.cast(without, tf.float32)).all()
+            np.testing.assert_array_equal(
+                tf.cast(with_nan, tf.float32), tf.cast(without, tf.float32)
+            )
+        assert not tf.cast(found[np.nan][1][7], tf.float32).numpy().any()
+        assert not tf.cast(found[np.nan][2][69], tf.float32).numpy().any()
+
+
+@both
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_float16_take_the_loss_scale(reduction, implementation):
+    """They are far below what float16 holds until it is applied, as in mixed precision."""
+    queries, keys, _ = arrays(256, 256, 64)
+    keys = queries + 0.1 * keys  # well-aligned pairs: the gradients are small
+    queries, keys = queries / 8, keys / 8
+    scale, gradients = 2.0**15, {}
+    for dtype in (tf.float16, tf.float32):
+        with tf.GradientTape() as tape:
+            # The same numbers in both.
+            inputs = [tf.cast(tf.cast(rows, tf.float16), dtype) for rows in (queries, keys)]
+            tape.watch(inputs)
+            loss = scale * info_nce(
+                *inputs, temperature=0.06, normalize=False, reduction=reduction,
+                row_weights=tf.fill([256], 1e-3), implementation=implementation,
+            )  # fmt: skip
+        gradients[dtype] = [tf.cast(g, tf.float32) for g in tape.gradient(loss, inputs)]
+    for half, full in zip(gradients[tf.float16], gradients[tf.float32], strict=True):
+        assert np.linalg.norm(full) > 0
+        # Rounded once to 11 bits.
+        assert np.linalg.norm(half - full) < 1e-3 * np.linalg.norm(full)
+
+
+def test_labels_take_plain_tensorflow_where_there_is_a_gpu(monkeypatch):
+    """There is no native kernel for them on GPUs: the rows would go to the host and back."""
+    monkeypatch.setattr(library, "uses_gpu", lambda: True)
+    monkeypatch.setattr(library, "choose", lambda implementation: implementation)
+
+    def refuse(*_):
+        raise AssertionError("not asked for")
+
+    monkeypatch.setattr(native, "losses", refuse)
+    monkeypatch.setattr(reference, "losses", lambda queries, *_: tf.fill([2], 7.0))
+    labels = {"query_labels": [0, 1], "key_labels": [0, 1]}
+    assert info_nce(ONES, ONES, **labels).numpy().tolist() == [7.0, 7.0]
+    with pytest.raises(AssertionError, match="not asked for"):
+        info_nce(ONES, ONES, **labels, implementation="native")
+
+
+@both
 def test_positives_must_be_keys(implementation):
     with pytest.raises(tf.errors.InvalidArgumentError, match="positives must be less than"):
         info_nce(ONES, ONES, positives=[0, 2], implementation=implementation)
 
 
-def test_ids_beyond_32_bits_are_refused():
-    ids = np.array([1, 2**40])
+@pytest.mark.parametrize(
+    ("large", "dtype"),
+    [
+        (2**40, np.int64),
+        (-(2**63), np.int64),  # its magnitude is no int64
+        (2**32 - 1, np.uint32),  # would become -1
+        (2**32 + 7, np.uint64),
+    ],
+)
+def test_numbers_beyond_32_bits_are_refused(large, dtype):
+    ids = np.array([7, large], dtype)
     with pytest.raises(tf.errors.InvalidArgumentError, match="query_ids"):
         info_nce(ONES, ONES, query_ids=ids, key_ids=ids)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64, np.uint64])
+def test_ids_of_any_integer_type(dtype):
+    queries, keys, _ = arrays(2, 2, 3)
+    expected = info_nce(queries, keys, query_ids=[1, 2], key_ids=[1, 1])
+    ids = {"query_ids": np.array([1, 2], dtype), "key_ids": np.array([1, 1], dtype)}
+    np.testing.assert_array_equal(info_nce(queries, keys, **ids), expected)
+
+
+def test_ids_that_are_no_integers_are_refused():
+    with pytest.raises(ValueError, match="key_ids: type is float32, must be an integer"):
+        info_nce(ONES, ONES, query_ids=[0, 1], key_ids=np.array([0.7, 0.2], np.float32))
+
+
+def test_rows_without_features_are_refused():
+    with pytest.raises(tf.errors.InvalidArgumentError, match="0 features"):
+        info_nce(np.ones((2, 0), np.float32), np.ones((2, 0), np.float32), implementation="native")
 
 
 @pytest.mark.parametrize("ids", [False, True])

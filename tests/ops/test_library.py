@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -187,6 +189,40 @@ def test_a_gpu_that_is_left_unused_is_told(cache, probe_sources, monkeypatch):
             library.load()
         assert bool(told) == (used == "reference"), gpu
         assert library.choose() == used, gpu
+
+
+def test_a_driver_older_than_cuda_is_told(cache, probe_sources, monkeypatch):
+    """Its kernels would fail at the first step of a training."""
+    monkeypatch.setattr(build, "source_dir", lambda: probe_sources)
+    monkeypatch.setattr(build, "visible_architectures", lambda: [80])
+    monkeypatch.setattr(tf, "load_op_library", lambda path: path)
+    path = fake(cache / "some.so", architectures=(80,), nvcc="Cuda release 13.0, V13.0.48")
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(path))
+    for driver, used in ((13, "native"), (14, "native"), (None, "native"), (12, "reference")):
+        monkeypatch.setattr(library, "_loaded", None)
+        monkeypatch.setattr(library, "_driver_cuda", lambda driver=driver: driver)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            library.load()
+        assert library.choose() == used
+        assert bool(told) == (used == "reference")
+    assert "compiled by CUDA 13, and the GPU driver runs CUDA 12 at most" in str(told[0].message)
+
+
+def test_the_driver_says_what_it_runs(monkeypatch):
+    def answer(version):
+        version._obj.value = 12040
+        return 0
+
+    driver = SimpleNamespace(cuDriverGetVersion=answer)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+    assert library._driver_cuda() == 12
+
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert library._driver_cuda() is None
 
 
 def test_a_cache_folder_that_cannot_be(probe_sources, monkeypatch, tmp_path):

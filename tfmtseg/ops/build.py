@@ -61,6 +61,7 @@ NVCC_FLAGS = ("-O3", "-DNDEBUG", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility
 LINK_FLAGS = ("-shared", "-Wl,-Bsymbolic")
 ARCHITECTURES = (80, 90)  # and PTX of the newest, for GPUs to come
 OLDEST_ARCHITECTURE = 75  # the oldest that nvcc 13 knows
+TENSOR_CORES = 80  # from here on, they multiply bfloat16
 
 _REFERENCE = 'or use implementation="reference"'
 _INSTALL_COMPILER = f"install g++ 10 or newer (Debian, Ubuntu: apt-get install g++), {_REFERENCE}"
@@ -130,11 +131,13 @@ def serves(architectures: Sequence[int], gpus: Sequence[int]) -> bool:
     """Whether a library of these architectures has kernels for each of these GPUs.
 
     A kernel runs on GPUs of its generation that are not older. The newest is there as PTX
-    too, which runs on all that are not older.
+    too, which runs on all that are not older; but what was made for a GPU without tensor
+    cores for bfloat16 (before 80) has no kernels for one that has them.
     """
+    newest = max(architectures, default=0)
     return all(
         any(built // 10 == gpu // 10 and built <= gpu for built in architectures)
-        or (bool(architectures) and max(architectures) <= gpu)
+        or (0 < newest <= gpu and (newest >= TENSOR_CORES or gpu < TENSOR_CORES))
         for gpu in gpus
     )
 
@@ -196,8 +199,8 @@ def plan(
 
     Args:
         sources: Folder with the sources. Defaults to those of this package.
-        cuda: Whether to build the GPU kernels. Defaults to doing so if nvcc is found,
-            TensorFlow sees a GPU, and there are any.
+        cuda: Whether to build the GPU kernels. Defaults to doing so if architectures are
+            given, or nvcc is found, TensorFlow sees a GPU, and there are any.
         architectures: CUDA compute capabilities times 10. Defaults to `ARCHITECTURES` and
             any older ones that TensorFlow sees.
 
@@ -220,7 +223,9 @@ def plan(
     visible = visible_architectures() if cuda is not False else []
     visible = [each for each in visible if each >= OLDEST_ARCHITECTURE]
     if cuda is None:
-        cuda = bool(nvcc and visible and any(kind == "cuda" for _, kind in units))
+        cuda = architectures is not None or bool(
+            nvcc and visible and any(kind == "cuda" for _, kind in units)
+        )
     if cuda and not nvcc:
         raise NativeOpsError(
             what,
@@ -280,16 +285,18 @@ def make(wanted: Plan) -> Path:
     if wanted.is_built():
         return wanted.library
     cache = cache_dir()
+    # Where a lock does not reach other machines, theirs are left alone.
+    prefix = f"tmp-{platform.node()}-"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache) as alone:
             if wanted.is_built():
                 return wanted.library
             if alone:
-                for left in cache.glob("tmp-*"):  # of a process that was killed
+                for left in cache.glob(f"{prefix}*"):  # of a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
             with tempfile.TemporaryDirectory(
-                dir=cache, prefix="tmp-", ignore_cleanup_errors=True
+                dir=cache, prefix=prefix, ignore_cleanup_errors=True
             ) as folder:
                 built = _compile(wanted, Path(folder))
                 _load_elsewhere(built)
@@ -424,7 +431,9 @@ def _compile(wanted: Plan, folder: Path) -> Path:
     cuda = []
     if wanted.nvcc:
         cuda = ["-Wl,--exclude-libs,ALL", *_cuda_runtime(wanted.nvcc)]
-    objects = [command[-1] for command in commands]
+    # Of a function that several instruction sets share, the linker takes the first: it has to
+    # run everywhere.
+    objects = sorted((c[-1] for c in commands), key=lambda name: "_cpu_generic." not in name)
     link = [wanted.compiler, *LINK_FLAGS, *objects, *cuda, *tf.sysconfig.get_link_flags()]
     _run([*link, *(("-ldl", "-lrt", "-lpthread") if cuda else ()), "-o", str(library)])
     return library
@@ -524,7 +533,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--cuda",
         action=argparse.BooleanOptionalAction,
-        help="build the GPU kernels (default: if nvcc and a GPU are there)",
+        help="build the GPU kernels (default: if nvcc and a GPU are there, or --architectures)",
     )
     parser.add_argument(
         "--architectures",

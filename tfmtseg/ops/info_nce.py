@@ -37,7 +37,7 @@ def info_nce(
     and with one positive, have loss 0 and gradient 0.
 
     With `reduction="mean"` or `"sum"` the gradients are made together with the loss,
-    from one set of logits, which saves a quarter of the work in training.
+    from one set of logits, which saves a quarter of the work in training, except in float16.
 
     Args:
         queries: Float32, bfloat16 or float16, `(N, D)`.
@@ -56,18 +56,19 @@ def info_nce(
         row_weights: Floats `(N,)`, factors of the losses.
         reduction: `"none"`, `"sum"`, or `"mean"`: the sum divided by that of the
             weights, or by `N` without weights.
-        implementation: As for `tfmtseg.ops.library.choose`. The native op does not run
-            under XLA.
+        implementation: As for `tfmtseg.ops.library.choose`; with labels, `"auto"` is plain
+            TensorFlow where there is a GPU, for which the native op has no kernel then.
+            The native op does not run under XLA.
 
     Returns:
         Float32, `(N,)`, or `()` when reduced. Differentiable in `queries`, `keys`,
         `temperature` and `row_weights`.
 
     Raises:
-        ValueError: If a rank is wrong, feature counts or types differ, only one of two
+        ValueError: If a rank or type is wrong, feature counts or types differ, only one of two
             arguments that belong together is given, or a name is unknown.
-        tf.errors.InvalidArgumentError: If the temperature is not positive or a
-            positive is no row of `keys`.
+        tf.errors.InvalidArgumentError: If the temperature is not positive and finite, a
+            positive is no row of `keys`, or a number does not fit into `int32`.
         tfmtseg.ops.library.NativeOpsError: If `"native"` is asked for and cannot be
             built or loaded.
 
@@ -79,6 +80,8 @@ def info_nce(
         raise ValueError(
             f"reduction: value is {reduction!r}, must be one of {', '.join(REDUCTIONS)}"
         )
+    if implementation == "auto" and query_labels is not None and library.uses_gpu():
+        implementation = "reference"  # the native op compares by label on CPUs alone
     backend = native if library.choose(implementation) == "native" else reference
     queries, keys = _rows(queries, keys, normalize)
     candidates = _candidates(
@@ -95,6 +98,10 @@ def info_nce(
         weights = tf.ones(tf.shape(queries)[:1])
     if reduction == "mean":
         weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
+    if queries.dtype == tf.float16:
+        # Gradients made beforehand would vanish in float16 before the loss scale reaches them.
+        losses = _each(backend, queries, keys, temperature, candidates)
+        return tf.reduce_sum(weights * losses)
     return _weighted_sum(backend, queries, keys, temperature, candidates, weights)
 
 
@@ -285,13 +292,18 @@ def _vector(name: str, values: Any, rows: tf.Tensor, dtype: tf.DType) -> tf.Tens
     values = tf.convert_to_tensor(values)
     if values.shape.rank != 1 or not values.shape.is_compatible_with(rows.shape[:1]):
         raise ValueError(f"{name}: shape is {values.shape}, must be {rows.shape[:1]}")
-    if dtype == tf.int32 and values.dtype == tf.int64:
-        limits = [
-            tf.debugging.assert_less_equal(tf.abs(values), tf.constant(dtype.max, tf.int64), name)
-        ]
-        with tf.control_dependencies(limits):
-            return tf.cast(values, dtype)
-    return tf.cast(values, dtype)
+    if dtype != tf.int32 or values.dtype == tf.int32:
+        return tf.cast(values, dtype)
+    if not values.dtype.is_integer:
+        raise ValueError(f"{name}: type is {values.dtype.name}, must be an integer")
+    # Checked in their own type: a cast wraps what it cannot hold.
+    own, limits = values.dtype, []
+    if own.max > dtype.max:
+        limits.append(tf.debugging.assert_less_equal(values, tf.constant(dtype.max, own), name))
+    if own.min < dtype.min:
+        limits.append(tf.debugging.assert_greater_equal(values, tf.constant(dtype.min, own), name))
+    with tf.control_dependencies([limit for limit in limits if limit is not None]):
+        return tf.cast(values, dtype)
 
 
 def _candidates(
@@ -337,6 +349,10 @@ def _positive(temperature: tf.Tensor | float) -> tf.Tensor:
     temperature = tf.cast(temperature, tf.float32)
     if temperature.shape.rank != 0:
         raise ValueError(f"temperature: shape is {temperature.shape}, must be ()")
-    check = tf.debugging.assert_positive(temperature, "temperature must be positive")
-    with tf.control_dependencies([] if check is None else [check]):
+    rule = "temperature must be positive and finite"
+    checks = [
+        tf.debugging.assert_positive(temperature, rule),
+        tf.debugging.assert_less(temperature, tf.constant(float("inf")), rule),
+    ]
+    with tf.control_dependencies([check for check in checks if check is not None]):
         return tf.identity(temperature)

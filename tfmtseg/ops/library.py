@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import ctypes
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,7 +72,8 @@ def disabled() -> Iterator[None]:
     """Inside, this thread takes plain TensorFlow where it may choose.
 
     For graphs that have to run without the library, or under XLA, which does not know
-    its ops: trace them inside. What was traced before keeps its ops.
+    its ops: trace them inside. What was traced before keeps its ops. The threads of a
+    strategy's replicas are others: enter it within what they run.
     """
     token = _disabled.set(True)
     try:
@@ -89,6 +92,11 @@ def load() -> ModuleType:
         NativeOpsError: If the library cannot be built or loaded.
     """
     return _load()[0]
+
+
+def uses_gpu() -> bool:
+    """Whether TensorFlow has a GPU to put ops on."""
+    return bool(tf.config.get_visible_devices("GPU"))
 
 
 def has_cuda() -> bool:
@@ -159,19 +167,46 @@ def _load() -> tuple[ModuleType, Record]:
                 f"loading {path}", str(error), "remove this file and build the library anew"
             ) from error
         has_sources = any(build.source_dir().glob("*_cuda.cu"))
-        _idle_gpu = has_sources and not build.serves(found.architectures, gpus)
-        if _idle_gpu:
-            warnings.warn(
-                f"{path} has no kernels for a GPU that is here (compute capability times 10: "
-                f"{', '.join(map(str, gpus))}; built for "
-                f"{', '.join(map(str, found.architectures)) or 'none'}): plain TensorFlow takes "
-                "the place of the native ops, or they run on the CPU where they are asked for. "
-                "Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
-                f"{build.OLDEST_ARCHITECTURE} or newer.",
-                stacklevel=3,
-            )
+        problem = _gpu_problem(found, gpus) if has_sources else ""
+        _idle_gpu = bool(problem)
+        if problem:
+            warnings.warn(f"{path} {problem}", stacklevel=3)
         _loaded = module, found
         return _loaded
+
+
+def _gpu_problem(found: Record, gpus: Sequence[int]) -> str:
+    """Why a library leaves GPUs idle, and the mend; empty if it does not."""
+    from tfmtseg.ops import build
+
+    if not build.serves(found.architectures, gpus):
+        return (
+            "has no kernels for a GPU that is here (compute capability times 10: "
+            f"{', '.join(map(str, gpus))}; built for "
+            f"{', '.join(map(str, found.architectures)) or 'none'}): plain TensorFlow takes "
+            "the place of the native ops, or they run on the CPU where they are asked for. "
+            "Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
+            f"{build.OLDEST_ARCHITECTURE} or newer."
+        )
+    needed = re.search(r"release (\d+)\.", found.nvcc)
+    driver = _driver_cuda() if gpus and needed else None
+    if needed and driver is not None and driver < int(needed[1]):
+        return (
+            f"was compiled by CUDA {needed[1]}, and the GPU driver runs CUDA {driver} at most: "
+            "plain TensorFlow takes the place of the native ops. Fix: update the driver, or build "
+            f"the library with nvcc of CUDA {driver}."
+        )
+    return ""
+
+
+def _driver_cuda() -> int | None:
+    """The first number of the newest CUDA version that the GPU driver runs, if there is one."""
+    version = ctypes.c_int()
+    try:
+        status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if status else version.value // 1000
 
 
 def _find(here: Record, gpus: Sequence[int], may_build: bool) -> Path:

@@ -57,9 +57,13 @@ class Candidates(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Losses `(r,)` of some queries, and their gradient by the logits, `(r, M)`."""
+    """Losses `(r,)` of some queries, and their gradient by the logits, `(r, M)`.
+
+    `counted` tells, `(r, 1)`, which queries have a positive.
+    """
 
     losses: tf.Tensor
+    counted: tf.Tensor
     slopes: Callable[[], tf.Tensor]
 
 
@@ -90,15 +94,15 @@ def _rows(
     losses = tf.where(exists, odds + (positives - mean), 0.0)
 
     def slopes() -> tf.Tensor:
-        # A row without a positive has weight 0 everywhere: exp(-infinity).
+        # Without a positive, the weight of the negatives is exp(-infinity).
         everything = tf.where(exists, positives + odds, float("inf"))
         among = tf.exp(logits - positives)
         share = tf.exp(negatives - everything)  # of the negatives
         of_positives = (among - 1.0 / count) - among * share
         of_negatives = tf.where(negative, tf.exp(logits - everything), 0.0)
-        return tf.where(positive, of_positives, of_negatives)
+        return tf.where(exists, tf.where(positive, of_positives, of_negatives), 0.0)
 
-    return _Rows(losses[:, 0], slopes)
+    return _Rows(losses[:, 0], exists, slopes)
 
 
 def _in_chunks(
@@ -180,18 +184,22 @@ def losses_with_gradients(
         temperature `()`.
     """
     queries, keys = tf.cast(queries, tf.float32), tf.cast(keys, tf.float32)
+    if candidates.key_mask is not None:  # what is left out may be NaN, and 0 times NaN is
+        keys = tf.where(candidates.key_mask[:, None], keys, 0.0)
 
     def work(start: tf.Tensor, stop: tf.Tensor, totals: Sequence[tf.Tensor]) -> tuple:
         own = queries[start:stop]
         rows = _rows(own, keys, temperature, candidates.rows(start, stop))
         slopes = rows.slopes() * (row_weights[start:stop, None] / temperature)
+        own = tf.where(rows.counted, own, 0.0)
         grad_keys = totals[0] + tf.matmul(slopes, own, transpose_a=True)
         return rows.losses, tf.matmul(slopes, keys), grad_keys
 
     found, grad_queries, grad_keys = _in_chunks(
         queries, keys, work, [(), (queries.shape[1],)], [tf.zeros_like(keys)]
     )
-    grad_temperature = -tf.reduce_sum(queries * grad_queries) / temperature
+    along = tf.where(grad_queries == 0.0, 0.0, queries * grad_queries)  # queries may be NaN
+    grad_temperature = -tf.reduce_sum(along) / temperature
     return found, grad_queries, grad_keys, grad_temperature
 
 
