@@ -41,6 +41,8 @@ def on(device: str, function, *inputs):
             value = function(*inputs)
             total = tf.reduce_sum(tf.cast(value, tf.float32) * tf.cast(value, tf.float32))
         results = [value, *tape.gradient(total, inputs)]
+    for result in results:  # TensorFlow puts an op without a kernel elsewhere, silently
+        assert result.device.endswith(device), f"computed on {result.device}, not on {device}"
     return [np.array(tf.cast(each, tf.float64)) for each in results]
 
 
@@ -54,20 +56,36 @@ def random(shape, dtype: str, seed: int) -> tf.Tensor:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize(("count", "features"), [(100, 17), (300, 256)])
-def test_info_nce(dtype, count, features):
+@pytest.mark.parametrize("normalize", [True, False])  # normalised rows are float32
+@pytest.mark.parametrize(("count", "features"), [(100, 17), (300, 256), (70, 300)])
+def test_info_nce(dtype, normalize, count, features):
+    """Both products on tensor cores, those with more than 256 features without."""
     assert library.has_cuda()
     rows = [random((count, features), dtype, seed) for seed in (0, 1)]
+    if not normalize:  # about as long as normalised ones
+        rows = [each * tf.cast(features**-0.5, dtype) for each in rows]
+    numbers = np.arange(count)
+    candidates = {
+        "positives": np.where(numbers % 9 == 8, -1, (numbers * 7) % count),
+        "query_ids": numbers % 5,
+        "key_ids": numbers % 6,
+        "key_mask": numbers % 11 != 10,
+        "row_weights": 1 + numbers % 3,
+        "normalize": normalize,
+    }
 
-    def native(queries, keys):
-        return info_nce(queries, keys, implementation="native")
+    def native(queries, keys, temperature):
+        options = candidates | {"temperature": temperature, "implementation": "native"}
+        return info_nce(queries, keys, **options)
 
-    def reference(queries, keys):
-        return info_nce(queries, keys, implementation="reference")
+    def reference(queries, keys, temperature):
+        options = candidates | {"temperature": temperature, "implementation": "reference"}
+        return info_nce(queries, keys, **options)
 
     # float32 rows may be taken in two bfloat16 parts, which keep 16 bits of 24.
     tolerance = 1e-4 if dtype == "float32" else TOLERANCES[dtype]
-    assert_alike(on("GPU:0", native, *rows), on("CPU:0", reference, *rows), tolerance)
+    inputs = *rows, tf.constant(0.2)
+    assert_alike(on("GPU:0", native, *inputs), on("CPU:0", reference, *inputs), tolerance)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
@@ -79,11 +97,11 @@ def test_group_norm_relu(dtype, shape):
     def reference(*inputs):
         return group_norm_relu(*inputs, 8, implementation="reference")
 
-    def chosen(*inputs):
-        return group_norm_relu(*inputs, 8)
+    def native(*inputs):
+        return group_norm_relu(*inputs, 8, implementation="native")
 
     expected = on("CPU:0", reference, x, gamma, beta)
-    assert_alike(on("GPU:0", chosen, x, gamma, beta), expected, 4 * TOLERANCES[dtype])
+    assert_alike(on("GPU:0", native, x, gamma, beta), expected, 4 * TOLERANCES[dtype])
 
 
 # Every method, and every form of the contrast.
