@@ -140,6 +140,24 @@ def slot(optimizer: keras.optimizers.Optimizer, slots: Sequence[Any], variable: 
     return slots[optimizer._index_dict[optimizer._var_key(variable)]]
 
 
+def weights_of(layer: keras.layers.Layer) -> list[Any]:
+    """All weights of a layer, in an order that does not depend on which are frozen."""
+    if KERAS_3:
+        return list(layer.weights)
+    # Keras 2 lists the trainable ones first.
+    parts = layer._flatten_layers()
+    return [w for part in parts for w in (*part._trainable_weights, *part._non_trainable_weights)]
+
+
+def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> list[tf.Variable]:
+    """All that an optimizer has to go on with, the loss scale of float16 included."""
+    variables = tensorflow_variables(optimizer.variables)
+    if not KERAS_3 and scales_loss(optimizer) and optimizer.dynamic:
+        # Keras 2 lists the inner optimizer's alone.
+        variables += list(optimizer._loss_scale._weights.values())
+    return variables
+
+
 def tensorflow_variables(variables: Iterable[Any]) -> list[tf.Variable]:
     """The `tf.Variable` behind each of some weights or optimizer variables.
 

@@ -63,12 +63,15 @@ def run_demo(directory: Path) -> Path:
 
 
 def _start_afresh(directory: Path) -> None:
-    if directory.exists():
-        if any(directory.iterdir()) and not (directory / MARKER).exists():
-            raise InputError(
-                directory, "content", "not an earlier demo's", "an empty or new folder",
-                "choose another --output_dir",
-            )  # fmt: skip
+    """Removes what an earlier demo made, if there is nothing else."""
+    own = {MARKER, "data", "cache", "report.html", *METHODS}
+    found = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if found and (MARKER not in found or found - own):
+        raise InputError(
+            directory, "content", ", ".join(sorted(found - own)) or "not an earlier demo's",
+            "an empty or new folder, or an earlier demo's", "choose another --output_dir",
+        )  # fmt: skip
+    if found:
         shutil.rmtree(directory)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / MARKER).touch()

@@ -31,11 +31,10 @@ NEED_LABELS = (None, "boundary", "class")
 FEED_THE_HEAD = ("boundary",)
 
 
-def make(case: str, regions: Regions = NESTED, width: int = 8) -> Segmenter:
+def make(case: str, regions: Regions = NESTED, width: int = 8, **options) -> Segmenter:
     keras.utils.set_random_seed(3)
-    model = Segmenter(
-        regions=regions, width=width, cube_size=8, predictor_blocks=1, seed=4, **CASES[case]
-    )
+    options = {"cube_size": 8, "predictor_blocks": 1, "seed": 4, **options}
+    model = Segmenter(regions=regions, width=width, **options, **CASES[case])
     model.build((None, *CROP, 2))
     return model
 
@@ -164,7 +163,7 @@ def test_gradients_reach_every_trainable_weight(case):
     # the convolution before it has no effect; at 16 there is no such exception.
     model = make(case, width=16)
     with tf.GradientTape(persistent=True) as tape:
-        loss, shown, _ = model._forward(batch([1, 0]), training=True)
+        loss, shown, *_ = model._forward(batch([1, 0]), training=True)
     checks = [(loss, model.trainable_variables)]
     if model.branch is not None:  # its task alone trains it and the whole encoder
         own = [*model.encoder.trainable_variables, *model.branch.trainable_variables]
@@ -195,17 +194,21 @@ def test_fit(case):
         assert {f"{model.branch.prefix}_{name}" for name in model.branch.shown} <= set(history)
 
 
-@pytest.fixture
-def mixed_precision():
-    keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    yield
+@pytest.fixture(params=["model", "everywhere"])
+def policy(request):
+    """Options of a model in mixed precision: its own, as of tools/train.py, or Keras' for all."""
+    if request.param == "everywhere":
+        keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    yield {"dtype": "mixed_bfloat16"} if request.param == "model" else {}
     keras.mixed_precision.set_global_policy("float32")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mixed_precision(case, mixed_precision):
-    model = make(case)
-    _, shown, _ = model._forward(batch([1, 0]), training=True)
+def test_mixed_precision(case, policy):
+    model = make(case, **policy)
+    model.compile(keras.optimizers.SGD(0.1))
+    model.optimizer.iterations.assign(2)  # from then on, a teacher labels
+    _, shown, *_ = model._forward(batch([1, 0]), training=True)
     for name, value in shown.items():
         assert value.dtype == tf.float32, name
         assert np.isfinite(value), name

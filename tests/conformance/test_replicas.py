@@ -9,6 +9,7 @@ import tensorflow as tf
 from tfmtseg import Segmenter
 from tfmtseg.compat import keras
 from tfmtseg.models.methods import METHODS
+from tfmtseg.models.segmenter import _overflow_of_any
 
 CROP = (16, 16, 16)
 FORMS = ("paper", "dense", "dense_across", "classes")
@@ -173,6 +174,25 @@ def test_bfloat16(mirrored, request):
     gradient, expected = (np.concatenate([g.ravel() for g in x]) for x in (gradient, expected))
     # Kernels' gradients are sums of products of 8 bits each; measured: 0.7 and 1.4 %.
     assert np.linalg.norm(gradient - expected) < 0.05 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, None])
+def test_an_overflow_on_any_replica_is_one_on_all(mirrored, spoilt):
+    """Keras 3 looks at the gradients of the first replica alone."""
+
+    @tf.function
+    def step():
+        here = tf.distribute.get_replica_context().replica_id_in_sync_group
+        bad = -1 if spoilt is None else spoilt
+        some = tf.fill([2], tf.where(tf.equal(here, bad), np.inf, 1.0))
+        return _overflow_of_any([tf.ones([3]), None, some])
+
+    first, none, some = mirrored.run(step)
+    assert none is None
+    for gradient in (first, some):
+        for value in mirrored.experimental_local_results(gradient):
+            expected = 1.0 if spoilt is None else np.nan
+            np.testing.assert_array_equal(value, tf.fill(value.shape, expected))
 
 
 def test_float16_in_fit(mirrored, request):

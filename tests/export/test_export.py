@@ -125,6 +125,22 @@ def test_labels_of_a_volume_are_those_of_predict(answers, runs):
         assert (answers[name]["volume-0-labels"] == expected).mean() > 0.999
 
 
+@pytest.mark.parametrize("model", ["nested", "exclusive"])
+def test_a_model_of_the_users_own_code(runs, tmp_path, model):
+    """`Segmenter.export`, for another size than the model was built with."""
+    segmenter = runs[model].model
+    segmenter.export(tmp_path / "model")
+    assert b"Tfmtseg" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
+    images = np.random.default_rng(0).normal(size=(2, 24, 16, 8, 2)).astype(np.float32)
+    served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
+    found = served(images=tf.constant(images))
+    expected = segmenter(images).numpy()
+    np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
+    agree = found["labels"].numpy() == runs[model].regions.label_map(expected)
+    assert agree.mean() > 0.99  # where two classes are as likely, either may win
+    assert found["labels"].dtype == tf.uint8
+
+
 def test_values_that_are_not_finite_are_refused(answers):
     assert "images: values must be finite" in str(answers["nested"]["refusal"])
 

@@ -29,7 +29,7 @@ def loss_and_gradients(**arguments) -> tuple[float, list[np.ndarray]]:
     @tf.function
     def run() -> tuple[tf.Tensor, list[tf.Tensor]]:
         with tf.GradientTape() as tape:
-            loss, _, _ = model._forward(batch, training=True)
+            loss, *_ = model._forward(batch, training=True)
         return loss, tape.gradient(loss, model.trainable_variables)
 
     loss, gradients = run()

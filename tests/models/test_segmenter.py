@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfmtseg import Regions, Segmenter
+from tfmtseg import Regions, Segmenter, compat
 from tfmtseg.compat import keras
 from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.models.boundary_branch import BoundaryBranch
@@ -389,6 +389,66 @@ def test_fit_evaluate_predict_with_plain_pairs():
         mask, truth = predicted.argmax(-1) == value, labels == value
         dice = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
         assert scores[f"dice_{value}"] == pytest.approx(dice, rel=1e-5)
+
+
+def test_single_batches_as_keras_gives_them(model):
+    images, labels, _ = batch([1, 1])
+    logs = model.test_on_batch(images.numpy(), labels.numpy(), return_dict=True)
+    expected = {name: float(value) for name, value in model.test_step((images, labels)).items()}
+    assert {name: float(value) for name, value in logs.items()} == pytest.approx(expected)
+    assert np.isfinite(
+        model.train_on_batch(images.numpy(), labels.numpy(), return_dict=True)["loss"]
+    )
+
+
+def test_shown_losses_are_means_over_volumes(model):
+    """A batch without labels does not dilute them, a smaller one counts by what it has."""
+    parts = [batch([1, 1], 1), batch([0, 0], 2), batch([1], 3)]
+    alone = []
+    for part in parts:
+        for metric in model.metrics:
+            metric.reset_state()
+        alone.append({name: float(value) for name, value in model.test_step(part).items()})
+    for metric in model.metrics:
+        metric.reset_state()
+    together = [model.test_step(part) for part in parts][-1]
+    seg_loss = (2 * alone[0]["seg_loss"] + alone[2]["seg_loss"]) / 3
+    assert alone[1]["seg_loss"] == 0
+    assert float(together["seg_loss"]) == pytest.approx(seg_loss)
+    loss = (2 * alone[0]["loss"] + 2 * alone[1]["loss"] + alone[2]["loss"]) / 5
+    assert float(together["loss"]) == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("value", [3, 255])
+def test_labels_without_a_region_are_refused(value):
+    """A mask of 0 and 255 would be learned as background throughout, with a Dice score of 1."""
+    model = compiled("encdec")
+    images, labels, labeled = batch([1, 0])
+    spoilt = labels.numpy()
+    spoilt[1, 0, 0, 0] = value  # does not count
+    model.train_step((images, spoilt, labeled))
+    spoilt[0, 0, 0, 0] = value
+    with pytest.raises(tf.errors.InvalidArgumentError, match=r"labels: must be 0 .* to 2 for the"):
+        model.train_step((images, spoilt, labeled))
+
+
+@pytest.mark.skipif(not compat.KERAS_3, reason="Keras 2.15 does not accumulate gradients")
+def test_accumulated_gradients_are_refused():
+    with pytest.raises(ValueError, match="gradient_accumulation_steps: value is 4, must be None"):
+        compiled(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=4))
+
+
+@pytest.mark.parametrize("kwargs", [{"method": "cpcseg"}, {"contrastive_form": "dense"}])
+def test_a_contrast_has_to_know_the_size(kwargs):
+    model = make(**kwargs)
+    model.build((None, *CROP, 1))
+    model.compile(keras.optimizers.SGD(0.1))
+    signature = tuple(tf.TensorSpec((None,) * rank, tf.float32) for rank in (5, 4, 1))
+    dataset = tf.data.Dataset.from_generator(
+        lambda: iter([batch([1, 0])]), output_signature=signature
+    )
+    with pytest.raises(ValueError, match=r"images: size is \(None, None, None\), must be known"):
+        model.fit(dataset, verbose=0, shuffle=False)
 
 
 def test_label_maps_may_have_a_channel_axis(model):

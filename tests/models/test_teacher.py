@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfmtseg import Segmenter
 from tfmtseg.compat import keras
 from tfmtseg.models.blocks import convolution
 from tfmtseg.models.decoder import Decoder
@@ -41,7 +42,7 @@ def test_the_average_by_hand(pair):
         values = [random.normal(size=weight.shape).astype(np.float32) for weight in weights]
         for weight, value in zip(weights, values, strict=True):
             weight.assign(value)
-        teacher.follow(weights, tf.constant(updates))
+        teacher.follow(student, tf.constant(updates))
         expected = [
             momentum * np.float64(0 if expected is None else old) + (1 - momentum) * value
             for old, value in zip(expected or values, values, strict=True)
@@ -54,12 +55,23 @@ def test_the_average_by_hand(pair):
 def test_it_is_a_copy_that_does_not_train(pair):
     (encoder, decoder, head), teacher = pair
     weights = [weight for layer in (encoder, decoder, head) for weight in layer.weights]
-    teacher.follow(weights, tf.constant(0))
+    teacher.follow((encoder, decoder, head), tf.constant(0))
     images = tf.random.stateless_normal((2, 8, 8, 8, 1), [0, 0])
     np.testing.assert_array_equal(teacher(images), head(decoder(encoder(images))))
     assert teacher.trainable_weights == []
     assert len(teacher.weights) == len(weights)
     assert all(ours is not theirs for ours, theirs in zip(teacher.weights, weights, strict=True))
+
+
+def test_frozen_layers_are_followed_too():
+    """Keras 2 lists frozen weights last, where the teacher's all are."""
+    model = Segmenter(regions=1, method="bcp", width=8)
+    model.build((None, 8, 8, 8, 1))
+    model.encoder.first.trainable = False
+    layers = model.encoder, model.decoder, model.head
+    model.teacher.follow(layers, tf.constant(0))
+    images = tf.random.stateless_normal((1, 8, 8, 8, 1), [0, 0])
+    np.testing.assert_array_equal(model.teacher(images), model(images))
 
 
 TWO_REPLICAS = """
@@ -71,11 +83,12 @@ strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 with strategy.scope():
     model = tfmtseg.Segmenter(regions=1, method="bcp", width=8)
     model.build((None, None, None, None, 1))
-    student = [*model.encoder.weights, *model.decoder.weights, *model.head.weights]
+    layers = model.encoder, model.decoder, model.head
+    student = [weight for layer in layers for weight in layer.weights]
 
 @tf.function
 def step(updates):
-    strategy.run(lambda: model.teacher.follow(student, updates))
+    strategy.run(lambda: model.teacher.follow(layers, updates))
 
 before = [np.asarray(weight) for weight in model.teacher.weights]
 step(tf.constant(1))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from tfmtseg import Segmenter
+from tfmtseg import Segmenter, compat
 from tfmtseg.compat import keras
 from tfmtseg.errors import InputError
 from tfmtseg.training.checkpoint import initialize, load_model, write_model, write_weights
@@ -105,3 +106,12 @@ def test_foreign_files_are_refused(tmp_path):
     (run / "weights" / "final.index").unlink()
     with pytest.raises(InputError, match="model is unreadable"):
         load_model(run)
+
+
+def test_the_loss_scale_is_kept():
+    """Else a run that goes on leaves out other updates."""
+    optimizer = keras.mixed_precision.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1), initial_scale=2.0**9
+    )
+    optimizer.build([tf.Variable(1.0)])
+    assert any(float(variable) == 2.0**9 for variable in compat.optimizer_variables(optimizer))

@@ -23,6 +23,22 @@ def check_negatives(negatives: str) -> None:
         )
 
 
+def spatial_size(images: tf.Tensor) -> tuple[int, int, int]:
+    """Voxels along x, y, z, which a contrast has to know to lay out its places.
+
+    Raises:
+        ValueError: If they are unknown, as those of a generator's volumes are.
+    """
+    x, y, z = images.shape[1:4]
+    if None in (x, y, z):
+        raise ValueError(
+            f"images: size is {(x, y, z)}, must be known for a contrast. Fix: tell it by "
+            "dataset.map(lambda images, *rest: (tf.ensure_shape(images, SHAPE), *rest)), where "
+            "SHAPE is (None, 96, 96, 96, 1), say."
+        )
+    return x, y, z
+
+
 def contrast(
     queries: tf.Tensor,
     keys: tf.Tensor,

@@ -14,7 +14,7 @@ from tfmtseg.compat import keras
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors, ResidualBlock, convolution
 from tfmtseg.models.branch import Batch, Branch
-from tfmtseg.models.contrast import check_negatives, contrast
+from tfmtseg.models.contrast import check_negatives, contrast, spatial_size
 from tfmtseg.models.encoder import LEVELS
 from tfmtseg.models.remat import recompute_in_parts
 from tfmtseg.ops import info_nce, retrieval_accuracy
@@ -217,15 +217,16 @@ class ContrastiveBranch(Branch):
         real: tf.Tensor | bool = True,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
-        codes = self._codes(images, encode)
         grid = self._grid(images)
+        codes = self._codes(images, encode)
         if self.form == "repaired":
             return self._repaired(codes, grid, real)
         return self._paper(codes, grid, Seed.fixed() if seed is None else seed)
 
     def _grid(self, images: tf.Tensor) -> Factors:
+        size = spatial_size(images)
         try:
-            grid = grid_shape(images.shape[1:4], self.cube_size)
+            grid = grid_shape(size, self.cube_size)
             check_grid(grid, self.form)
         except InputError as error:  # Keras raises a copy, which takes the message alone
             raise ValueError(str(error)) from None
@@ -238,6 +239,7 @@ class ContrastiveBranch(Branch):
 
     def _codes(self, images: tf.Tensor, encode: Callable[..., tf.Tensor]) -> tf.Tensor:
         """Codes on their grid, `(batch, x, y, z, channels)`, float32."""
+        grid = self._grid(images)
         cubes = extract_cubes(images, self.cube_size)
 
         def mean_features(*cubes: tf.Tensor) -> tf.Tensor:
@@ -248,7 +250,6 @@ class ContrastiveBranch(Branch):
             codes = recompute_in_parts(mean_features, cubes, part_size, self.channels)
         else:
             codes = mean_features(cubes)
-        grid = self._grid(images)
         return tf.reshape(codes, (-1, *grid, self.channels))
 
     def _predict(self, context: tf.Tensor) -> tf.Tensor:

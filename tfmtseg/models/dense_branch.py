@@ -13,7 +13,7 @@ from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.models.blocks import Factors, per_axis
 from tfmtseg.models.branch import Batch, Branch
-from tfmtseg.models.contrast import check_negatives, contrast
+from tfmtseg.models.contrast import check_negatives, contrast, spatial_size
 from tfmtseg.models.contrastive_branch import temperature_weight
 from tfmtseg.models.encoder import ISOTROPIC
 from tfmtseg.models.views import another_view
@@ -154,7 +154,7 @@ class DenseContrastiveBranch(Branch):
         seed: Seed | None,
     ) -> list[tf.Tensor]:
         """The places of both views, projected, `(batch, places, LENGTH)`."""
-        crop = images.shape[1:4]
+        crop = spatial_size(images)
         size = view_shape(crop, self.strides)
         room = np.subtract(crop, size)
         seeds = (Seed.fixed() if seed is None else seed).split(3)
@@ -165,7 +165,7 @@ class DenseContrastiveBranch(Branch):
         for i in range(2):
             view = _box(images, offsets[i], size)
             features = describe(another_view(view, seeds[1 + i]), i)
-            common = _box(features, start - offsets[i], np.subtract(size, room))
+            common = _box(features, start - offsets[i], np.subtract(size, room).tolist())
             places.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
         return places
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.models.views import another_view
-from tfmtseg.ops import replicas
+from tfmtseg.ops import library, replicas
 from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 
@@ -72,7 +73,8 @@ class Segmenter(compat.Model):
         teacher_momentum: Momentum of the teacher's weights, see `Teacher`.
         teacher_start: Updates before the teacher labels patches, at least one; until
             then, labelled patches are mixed with each other. `tfmtseg-train` takes a
-            third of all updates.
+            third of all updates. A new `compile` begins to count anew; to change the
+            learning rate alone, set `model.optimizer.learning_rate`.
         pseudo_label_weight: Factor of the loss where the label is the teacher's.
         largest_component: Whether every region is one piece, as organs are and tumours
             are not: of the teacher's labels, the largest piece is kept.
@@ -203,9 +205,10 @@ class Segmenter(compat.Model):
         # Last, so that encoder, decoder and head draw the same weights under all methods.
         self.teacher: Teacher | None = None
         if METHODS[method].copy_paste and not pretraining:
-            self.teacher = Teacher(
-                self.encoder, self.decoder, self.head, teacher_momentum, name="teacher"
-            )
+            with compat.dtype_scope(self.dtype_policy):
+                self.teacher = Teacher(
+                    self.encoder, self.decoder, self.head, teacher_momentum, name="teacher"
+                )
         self.segmentation_loss = SegmentationLoss(regions)
         shown = ["loss"] if pretraining else ["loss", "seg_loss"]
         if self.teacher is not None:
@@ -289,7 +292,7 @@ class Segmenter(compat.Model):
                 XLA form, and it makes 3D convolutions on CPU about ten times slower.
 
         Raises:
-            ValueError: If a loss is given, or XLA asked for.
+            ValueError: If a loss is given, or XLA or accumulated gradients are asked for.
         """
         if loss is not None:
             raise ValueError(
@@ -303,6 +306,13 @@ class Segmenter(compat.Model):
             )
         kwargs["jit_compile"] = False  # Keras 3's own choice may be True
         super().compile(optimizer=optimizer, **kwargs)
+        accumulated = getattr(self.optimizer, "gradient_accumulation_steps", None)
+        if accumulated is not None:
+            raise ValueError(
+                f"gradient_accumulation_steps: value is {accumulated}, must be None: all that is "
+                "random in a step, and the teacher, go by the number of updates. Fix: take larger "
+                "batches, more replicas or remat=True."
+            )
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """See the class."""
@@ -336,7 +346,7 @@ class Segmenter(compat.Model):
 
     def _forward(
         self, data: Any, training: bool
-    ) -> tuple[tf.Tensor, dict[str, tf.Tensor], dict[str, Any]]:
+    ) -> tuple[tf.Tensor, dict[str, tf.Tensor], dict[str, Any], dict[str, tf.Tensor]]:
         """Forward pass and losses of a batch.
 
         Each part of the model sees the volumes it learns from: the decoder those with
@@ -344,8 +354,8 @@ class Segmenter(compat.Model):
         Mixed volumes need both. What counts is the global batch.
 
         Returns:
-            This replica's part of the loss to minimise, what the trackers show, and what
-            the metrics need.
+            This replica's part of the loss to minimise, what the trackers show, what the
+            metrics need, and how many volumes of the global batch each shown mean is over.
         """
         images, labels, labeled = _unpack(data)
         if not self.built:  # `fit` on a new model comes here before any call
@@ -379,6 +389,8 @@ class Segmenter(compat.Model):
         annotated = tf.boolean_mask(images, with_label.chosen)
         labels = tf.boolean_mask(labels, with_label.chosen)
         others = tf.boolean_mask(images, without.chosen)
+        if not self.regions.nested and not self.pretraining:
+            labels = _known_labels(labels, weights, self.regions.num_outputs)
         levels = branch_levels = {}
         if self.branch is not None and self.branch.encodes_all:
             # One pass of the encoder for the branch and the decoder.
@@ -390,6 +402,7 @@ class Segmenter(compat.Model):
         elif not self.pretraining:
             levels = branch_levels = encode(annotated, 0, with_label)
         terms, shown, features = [], {}, None
+        counts = {"loss": whole.count}
         segmented = []
         metrics: dict[str, Any] = dict.fromkeys(("x", "y", "y_pred", "sample_weight"))
         if not self.pretraining:
@@ -399,6 +412,7 @@ class Segmenter(compat.Model):
             segmented.append(Segmented(voxels, labels, weights, with_label.first))
             values = self.segmentation_loss.call(labels, logits)
             shown["seg_loss"] = with_label.share * _mean(values, weights)
+            counts["seg_loss"] = with_label.count
             terms.append(shown["seg_loss"])
             metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
         if self.teacher is not None:
@@ -408,6 +422,7 @@ class Segmenter(compat.Model):
             )
             segmented.append(mixed)
             shown["mix_loss"] = without.share * mix_loss
+            counts["mix_loss"] = without.count
             terms.append(shown["mix_loss"])
         if self.branch is not None:
             kind = kinds[self.branch.learns_from]
@@ -428,12 +443,13 @@ class Segmenter(compat.Model):
             prefix = self.branch.prefix
             for name, value in self.branch.parts(batch).items():
                 shown[f"{prefix}_{name}"] = value
+                counts[f"{prefix}_{name}"] = kind.count
             # Weight 0 costs a forward pass, to show the loss, but no backward one.
             if self.branch_weight or self.pretraining:
                 terms.append(self.branch_weight * shown[f"{prefix}_loss"])
         # Not by +, whose order TensorFlow chooses anew in each process.
         loss = shown["loss"] = tf.add_n(terms)
-        return loss, replicas.total(shown), metrics
+        return loss, replicas.total(shown), metrics, counts
 
     def _mix_loss(
         self,
@@ -504,10 +520,14 @@ class Segmenter(compat.Model):
         return _mean(values, weights), Segmented(features, labels, counted, kind.first)
 
     def _update_metrics(
-        self, shown: Mapping[str, tf.Tensor], metrics: Mapping[str, Any]
+        self,
+        shown: Mapping[str, tf.Tensor],
+        metrics: Mapping[str, Any],
+        counts: Mapping[str, tf.Tensor],
     ) -> dict[str, Any]:
         for name, value in shown.items():
-            getattr(self, f"{name}_tracker").update_state(value)
+            # A batch without volumes of a kind has no mean of theirs.
+            getattr(self, f"{name}_tracker").update_state(value, sample_weight=counts[name])
         if not self.pretraining:
             self.dice.update_state(metrics["y"], metrics["y_pred"], metrics["sample_weight"])
         return compat.step_results(dict(self.compute_metrics(**metrics)))
@@ -520,7 +540,7 @@ class Segmenter(compat.Model):
                 with its name, before anything is updated.
         """
         with tf.GradientTape() as tape:
-            loss, shown, metrics = self._forward(data, training=True)
+            loss, shown, metrics, counts = self._forward(data, training=True)
             scaled = compat.scale_loss(self.optimizer, loss)
         variables = self.trainable_variables
         gradients = tape.gradient(scaled, variables)
@@ -530,7 +550,9 @@ class Segmenter(compat.Model):
                 for weight, gradient in zip(variables, gradients, strict=True)
             ]
         checked = dict(shown)
-        if not compat.scales_loss(self.optimizer):  # it leaves out updates that overflow
+        if compat.scales_loss(self.optimizer):  # it leaves out updates that overflow
+            gradients = _overflow_of_any(gradients)
+        else:
             checked["gradient"] = tf.linalg.global_norm(gradients)
         # Before the update: weights that are NaN once stay so.
         with tf.control_dependencies(
@@ -539,14 +561,13 @@ class Segmenter(compat.Model):
             updates = tf.identity(self._updates_made())
             compat.apply_gradients(self.optimizer, gradients, variables)
         if self.teacher is not None:
-            student = [*self.encoder.weights, *self.decoder.weights, *self.head.weights]
-            self.teacher.follow(student, updates)
-        return self._update_metrics(shown, metrics)
+            self.teacher.follow((self.encoder, self.decoder, self.head), updates)
+        return self._update_metrics(shown, metrics, counts)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """The same losses and scores without dropout and without an update."""
-        _, shown, metrics = self._forward(data, training=False)
-        return self._update_metrics(shown, metrics)
+        _, shown, metrics, counts = self._forward(data, training=False)
+        return self._update_metrics(shown, metrics, counts)
 
     @property
     def state(self) -> list[Any]:
@@ -576,6 +597,36 @@ class Segmenter(compat.Model):
             **self._arguments,
         }
 
+    def export(self, filepath: str | os.PathLike[str]) -> None:
+        """Writes the network as a SavedModel of plain TensorFlow ops, for images of any size.
+
+        Keras' own would hold the native ops, which no other program knows, and the size that
+        the model was built with. Its `serving_default` takes `images` as `call` does, which
+        have to be normalised as those of the training, and returns `logits` and `labels`,
+        `uint8`. For volumes in any units, in windows, see `tools/export.py`.
+
+        Args:
+            filepath: A new folder.
+
+        Raises:
+            ValueError: If the model is not built.
+        """
+        if not self.built:
+            raise ValueError("model: it is not built, must be. Fix: call fit or build first.")
+
+        def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            logits = self(images, training=False)
+            return {"logits": logits, "labels": tf.cast(label_map(logits, self.regions), tf.uint8)}
+
+        shape = (None, None, None, None, self._built_for[-1])
+        with library.disabled():
+            graph = tf.function(serve, autograph=False).get_concrete_function(
+                tf.TensorSpec(shape, tf.float32, "images")
+            )
+        module = tf.Module()
+        module.weights = graph.variables
+        tf.saved_model.save(module, os.fspath(filepath), {"serving_default": graph})
+
     # `.keras` files: Keras 2 does not know what `build` was given, and neither Keras trusts
     # its own `compile_from_config` with a `compile` of ours.
 
@@ -602,11 +653,13 @@ class _Kind:
             volumes stand in for them, because convolutions refuse empty batches.
         share: Float32, `()`: the fraction that this replica has, 0 with stand-ins.
         first: `int32`, `()`: how many the replicas before have.
+        count: Float32, `()`: how many there are in the global batch.
     """
 
     chosen: tf.Tensor
     share: tf.Tensor
     first: tf.Tensor
+    count: tf.Tensor
 
 
 def _kinds(labeled: tf.Tensor, real: tf.Tensor) -> tuple[dict[str, _Kind], tf.Tensor]:
@@ -627,10 +680,12 @@ def _kinds(labeled: tf.Tensor, real: tf.Tensor) -> tuple[dict[str, _Kind], tf.Te
 
     def kind(mask: tf.Tensor, counts: tf.Tensor) -> _Kind:
         ours = tf.math.count_nonzero(mask, dtype=tf.float32)
+        count = tf.cast(tf.reduce_sum(counts), tf.float32)
         return _Kind(
             chosen=mask | ~tf.reduce_any(mask),
-            share=tf.math.divide_no_nan(ours, tf.cast(tf.reduce_sum(counts), tf.float32)),
+            share=tf.math.divide_no_nan(ours, count),
             first=replicas.rows_before(counts),
+            count=count,
         )
 
     kinds = {
@@ -642,6 +697,21 @@ def _kinds(labeled: tf.Tensor, real: tf.Tensor) -> tuple[dict[str, _Kind], tf.Te
         ),
     }
     return kinds, some_unlabeled
+
+
+def _known_labels(labels: tf.Tensor, weights: tf.Tensor, count: int) -> tf.Tensor:
+    """The labels, if those that count are below `count`: a mask of 0 and 255 teaches nothing."""
+    message = (
+        f"labels: must be 0 for background to {count - 1} for the last region. Fix: renumber them, "
+        "such as a mask of 0 and 255 to 0 and 1, or give as many regions as there are labels."
+    )
+    shown = tf.where(weights[:, None, None, None] > 0, labels, 0)
+    checks = [
+        tf.debugging.assert_less(tf.reduce_max(shown), count, message),
+        tf.debugging.assert_non_negative(tf.reduce_min(shown), message),
+    ]
+    with tf.control_dependencies([check for check in checks if check is not None]):
+        return tf.identity(labels)
 
 
 def _stand_in(
@@ -659,6 +729,22 @@ def _stand_in(
         return tf.concat([values, tf.zeros(shape, values.dtype)], 0)
 
     return filled(images), filled(labels), filled(labeled), filled(tf.ones_like(labeled))
+
+
+def _overflow_of_any(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | None]:
+    """Gradients that are NaN on all replicas where those of any are not finite.
+
+    Keras 3 leaves an update out by the gradients of the first replica alone.
+    """
+    if replicas.count() == 1:
+        return list(gradients)
+    known = [gradient for gradient in gradients if gradient is not None]
+    finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(gradient)) for gradient in known])
+    everywhere = replicas.total(tf.cast(finite, tf.float32)) == replicas.count()
+    return [
+        gradient if gradient is None else tf.where(everywhere, gradient, np.nan)
+        for gradient in gradients
+    ]
 
 
 def _mean(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
@@ -682,5 +768,7 @@ def _unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             f"labels: shape is {labels.shape}, must be (batch, x, y, z). "
             "Fix: give integer label maps, not one-hot channels."
         )
-    labeled = data[2] if len(data) == 3 else tf.ones(tf.shape(images)[:1])
+    labeled = data[2] if len(data) == 3 else None
+    if labeled is None:  # as `train_on_batch` of Keras 3 gives it
+        labeled = tf.ones(tf.shape(images)[:1])
     return images, labels, tf.reshape(tf.cast(labeled, tf.float32), [-1]) > 0

@@ -53,22 +53,22 @@ class Teacher(keras.layers.Layer):
         """See the class."""
         return self.head(self.decoder(self.encoder(images)))
 
-    def follow(self, student: Sequence[Any], updates: tf.Tensor) -> None:
+    def follow(self, student: Sequence[keras.layers.Layer], updates: tf.Tensor) -> None:
         """Moves each weight towards the student's.
 
         The momentum rises as `1 - 1 / (updates + 1)` up to its value, so that early
         teachers are the mean of the students so far and not their random beginning.
 
         Args:
-            student: Weights of the student's encoder, decoder and head.
+            student: The student's encoder, decoder and head.
             updates: How many updates the student had before its last one.
         """
         momentum = tf.minimum(1.0 - 1.0 / (tf.cast(updates, tf.float32) + 1.0), self.momentum)
-        pairs = zip(
-            compat.tensorflow_variables(self.weights),
-            compat.tensorflow_variables(student),
-            strict=True,
+        ours, theirs = (
+            compat.tensorflow_variables(w for layer in layers for w in compat.weights_of(layer))
+            for layers in ((self.encoder, self.decoder, self.head), student)
         )
+        pairs = list(zip(ours, theirs, strict=True))
 
         def move(weight: tf.Variable, target: tf.Variable, momentum: tf.Tensor) -> Any:
             return weight.assign(momentum * weight + (1.0 - momentum) * target)

@@ -241,7 +241,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.directory = directory
         self.writes = writes
         self.clock = Clock()
-        # Not the optimizer's count, in which updates that loss scaling left out are missing.
+        # Not the optimizer's count, in which Keras 3 leaves out what loss scaling left out.
         self.step = 0
         self._kept = {
             "step": tf.Variable(0, dtype=tf.int64, trainable=False),
@@ -249,7 +249,7 @@ class Checkpoints(keras.callbacks.Callback):
         }
         self.state = tf.train.Checkpoint(
             model=compat.tensorflow_variables(model.state),
-            optimizer=compat.tensorflow_variables(model.optimizer.variables),
+            optimizer=compat.optimizer_variables(model.optimizer),
             **self._kept,
         )
         # TensorFlow makes the counter at the first save; under several workers, all of them
