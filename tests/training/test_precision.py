@@ -54,7 +54,8 @@ def batches(steps: int) -> tf.data.Dataset:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "method"), [("mixed_bfloat16", "sscpcseg"), ("mixed_float16", "encdec")]
+    ("dtype", "method"),
+    [("mixed_bfloat16", "sscpcseg"), ("mixed_float16", "encdec"), ("mixed_bfloat16", "bcp")],
 )
 def test_training(dtype, method):
     """A patch of 16 voxels has two at the bottleneck: see `Convolution`."""
