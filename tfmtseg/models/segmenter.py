@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
+from tfmtseg.files import atomic_folder
 from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.metrics.training_dice import DiceScore
 from tfmtseg.models.blocks import Factors, convolution
@@ -610,6 +611,7 @@ class Segmenter(compat.Model):
 
         Raises:
             ValueError: If the model is not built.
+            OSError: If the folder cannot be written, or is there and not empty.
         """
         if not self.built:
             raise ValueError("model: it is not built, must be. Fix: call fit or build first.")
@@ -625,7 +627,8 @@ class Segmenter(compat.Model):
             )
         module = tf.Module()
         module.weights = graph.variables
-        tf.saved_model.save(module, os.fspath(filepath), {"serving_default": graph})
+        with atomic_folder(filepath) as temporary:
+            tf.saved_model.save(module, str(temporary), {"serving_default": graph})
 
     # `.keras` files: Keras 2 does not know what `build` was given, and neither Keras trusts
     # its own `compile_from_config` with a `compile` of ours.
