@@ -708,9 +708,10 @@ def _known_labels(labels: tf.Tensor, weights: tf.Tensor, count: int) -> tf.Tenso
         f"labels: must be 0 for background to {count - 1} for the last region. Fix: renumber them, "
         "such as a mask of 0 and 255 to 0 and 1, or give as many regions as there are labels."
     )
-    shown = tf.where(weights[:, None, None, None] > 0, labels, 0)
+    # As floats, because GPUs leave sums of integers to the CPU.
+    shown = tf.where(weights[:, None, None, None] > 0, tf.cast(labels, tf.float32), 0.0)
     checks = [
-        tf.debugging.assert_less(tf.reduce_max(shown), count, message),
+        tf.debugging.assert_less(tf.reduce_max(shown), float(count), message),
         tf.debugging.assert_non_negative(tf.reduce_min(shown), message),
     ]
     with tf.control_dependencies([check for check in checks if check is not None]):
