@@ -433,9 +433,11 @@ def test_labels_without_a_region_are_refused(value):
 
 
 @pytest.mark.skipif(not compat.KERAS_3, reason="Keras 2.15 does not accumulate gradients")
-def test_accumulated_gradients_are_refused():
+@pytest.mark.parametrize("dtype", ["float32", "mixed_float16"])
+def test_accumulated_gradients_are_refused(dtype):
+    optimizer = keras.optimizers.SGD(0.1, gradient_accumulation_steps=4)
     with pytest.raises(ValueError, match="gradient_accumulation_steps: value is 4, must be None"):
-        compiled(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=4))
+        compiled(optimizer=optimizer, dtype=dtype)
 
 
 @pytest.mark.parametrize("kwargs", [{"method": "cpcseg"}, {"contrastive_form": "dense"}])

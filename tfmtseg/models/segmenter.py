@@ -307,7 +307,8 @@ class Segmenter(compat.Model):
             )
         kwargs["jit_compile"] = False  # Keras 3's own choice may be True
         super().compile(optimizer=optimizer, **kwargs)
-        accumulated = getattr(self.optimizer, "gradient_accumulation_steps", None)
+        scaled = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of float16
+        accumulated = getattr(scaled, "gradient_accumulation_steps", None)
         if accumulated is not None:
             raise ValueError(
                 f"gradient_accumulation_steps: value is {accumulated}, must be None: all that is "
