@@ -183,6 +183,8 @@ def test_runs_with_other_tolerances_are_not_compared(make_run, tmp_path):
     assert summary["columns"]["surface_dice_blob"]["mean"] == 1.0
     with pytest.raises(InputError, match=r"surface_tolerance_mm is 4, must be 2\.0, that of"):
         compare(directories, tmp_path / "both.html")
+    with pytest.raises(InputError, match=r"surface_tolerance_mm is 4, must be 2\.0"):
+        summarize_runs(directories)
 
 
 def test_an_evaluation_of_an_earlier_version_has_to_be_made_again(make_run, tmp_path):

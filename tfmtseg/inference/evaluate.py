@@ -15,7 +15,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,12 +115,13 @@ def summarize_runs(
         What `summarize` gives for all cases of all runs.
 
     Raises:
-        InputError: If a run was not evaluated.
+        InputError: If a run was not evaluated, or with another tolerance.
     """
+    directories = [Path(model_dir) / "evaluation" / split for model_dir in model_dirs]
+    summaries = [_read_summary(directory) for directory in directories]
+    _check_tolerances(model_dirs, summaries)
     scores: list[CaseScores] = []
-    for model_dir in model_dirs:
-        directory = Path(model_dir) / "evaluation" / split
-        summary = _read_summary(directory)
+    for directory, summary in zip(directories, summaries, strict=True):
         scores += read_metrics(directory / "metrics.csv", list(summary["empty_truth"]))
     return summarize(scores)
 
@@ -155,12 +156,7 @@ def compare(
                 run.directory, "evaluation", "of other regions or cases",
                 f"of those of {runs[0].directory}", "compare runs with the same split",
             )  # fmt: skip
-        tolerances = [r.summary["surface_tolerance_mm"] for r in (report, reports[0])]
-        if tolerances[0] != tolerances[1]:
-            raise InputError(
-                run.directory, "surface_tolerance_mm", tolerances[0],
-                f"{tolerances[1]}, that of {runs[0].directory}", "evaluate both with one tolerance",
-            )  # fmt: skip
+    _check_tolerances(model_dirs, [report.summary for report in reports])
     write_report(path, reports)
 
 
@@ -276,6 +272,19 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
         name: np.array([float(row[name]) if row[name] else np.nan for row in rows])
         for name in rows[0]
     }
+
+
+def _check_tolerances(
+    model_dirs: Sequence[str | os.PathLike[str]], summaries: Sequence[Mapping[str, Any]]
+) -> None:
+    """Surface Dice scores of other tolerances are no numbers of one kind."""
+    tolerances = [summary["surface_tolerance_mm"] for summary in summaries]
+    for model_dir, tolerance in zip(model_dirs, tolerances, strict=True):
+        if tolerance != tolerances[0]:
+            raise InputError(
+                model_dir, "surface_tolerance_mm", tolerance,
+                f"{tolerances[0]}, that of {model_dirs[0]}", "evaluate all with one tolerance",
+            )  # fmt: skip
 
 
 def _read_summary(directory: Path) -> dict[str, Any]:
