@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -291,6 +292,7 @@ def test_which_gpus_a_library_serves(architectures, gpus, expected):
     assert build.serves(architectures, gpus) == expected
 
 
+@pytest.mark.skipif(not build.is_x86(platform.machine()), reason="other processors have no AVX2")
 @pytest.mark.parametrize("name", ["info_nce_cpu_avx2.cc", "group_norm_cpu_avx2.cc"])
 def test_an_instruction_set_shares_no_function_with_others(name, tmp_path):
     """The linker keeps one copy of a shared function, and every processor would run it.

@@ -628,8 +628,10 @@ class Segmenter(compat.Model):
             )
         module = tf.Module()
         module.weights = graph.variables
+        # Who serves a model does not train it.
+        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
         with atomic_folder(filepath) as temporary:
-            tf.saved_model.save(module, str(temporary), {"serving_default": graph})
+            tf.saved_model.save(module, str(temporary), {"serving_default": graph}, options)
 
     # `.keras` files: Keras 2 does not know what `build` was given, and neither Keras trusts
     # its own `compile_from_config` with a `compile` of ours.
