@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfmtseg.files import atomic_folder, atomic_path, write_json, write_text
+from tfmtseg.files import atomic_folder, atomic_path, lock, write_json, write_text
 
 
 def names(folder) -> list[str]:
@@ -151,3 +153,33 @@ def test_a_killed_process_leaves_no_folder(tmp_path):
     assert done.returncode == -signal.SIGKILL
     (left,) = names(tmp_path)
     assert left.startswith(".tmp-")
+
+
+def test_a_name_as_long_as_a_name_can_be(tmp_path):
+    path = tmp_path / ("x" * 248 + ".nii.gz")
+    with atomic_path(path) as temporary:
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+
+
+def test_a_lock_keeps_another_process_off(tmp_path, monkeypatch):
+    program = (
+        "import sys; from tfmtseg import files\n"
+        "files._PATIENCE_SECONDS = 0\n"
+        "with files.lock(sys.argv[1], 'training run'): pass"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "run")]
+    with lock(tmp_path / "run", "training run"):
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert "run: training run is at work in another process, must be at rest" in done.stderr
+    assert subprocess.run(command, check=False).returncode == 0
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with lock(tmp_path, "training run"):
+        pass

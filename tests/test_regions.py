@@ -131,6 +131,11 @@ def test_a_name_given_twice_is_refused():
         Regions.parse("WT=1,2,3;WT=2,3")
 
 
+def test_a_region_is_not_called_like_the_mean_of_all():
+    with pytest.raises(InputError, match="name is 'mean', must be another"):
+        Regions.exclusive(["core", "mean"])
+
+
 @pytest.mark.parametrize("text", ["WT=0,1,2;TC=2", "WT=-1,2;TC=2", "=1,2;TC=2", "WT=1,256;TC=1"])
 def test_every_region_has_a_name_and_no_background(text):
     with pytest.raises(InputError, match=r"labels in 1\.\.255"):
@@ -166,3 +171,11 @@ def test_largest_components_of_nested_regions():
     regions = Regions.parse("WHOLE=1,2;CORE=2")
     np.testing.assert_array_equal(regions.largest_components(label_map), expected)
     assert not regions.largest_components(np.zeros((2, 2, 2), int)).any()
+
+
+def test_largest_components_of_three_nested_regions():
+    """The smallest region's only piece lies in what the middle region loses."""
+    label_map = np.array([2, 2, 2, 2, 2, 1, 1, 1, 3, 3, 1, 1], np.uint8).reshape(12, 1, 1)
+    expected = np.array([2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1]).reshape(12, 1, 1)
+    regions = Regions.parse("WT=1,2,3;TC=2,3;ET=3")
+    np.testing.assert_array_equal(regions.largest_components(label_map), expected)

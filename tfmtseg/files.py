@@ -10,9 +10,15 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tfmtseg.errors import InputError
+
+_POLL_SECONDS = 0.5
+_PATIENCE_SECONDS = 10.0  # for processes that were just killed
 
 
 @contextlib.contextmanager
@@ -30,8 +36,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Its end alone: the whole name might be as long as a name can be.
     handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=".tmp-", suffix="-" + path.name.lstrip(".")
+        dir=path.parent, prefix=".tmp-", suffix="".join(path.suffixes[-2:])
     )
     os.close(handle)
     temporary = Path(name)
@@ -75,6 +82,47 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def lock(directory: str | os.PathLike[str], what: str) -> Iterator[int]:
+    """Keeps other processes off a folder, by its file `.lock`.
+
+    The lock ends with the processes that hold it, however they end. Some file systems of
+    clusters know no locks; there, nobody is kept off.
+
+    Args:
+        directory: The folder, created when missing.
+        what: It holds, for the message.
+
+    Yields:
+        The open file, which a child process may inherit and then holds too.
+
+    Raises:
+        InputError: If another process holds the folder, and goes on to do so for a while.
+    """
+    import fcntl  # not everywhere where this module can be imported
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / ".lock", "wb") as file:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        directory, what, "at work in another process", "at rest",
+                        "wait for it, or end that process",
+                    ) from None  # fmt: skip
+                time.sleep(_POLL_SECONDS)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+                break
+        yield file.fileno()
 
 
 def _umask() -> int:

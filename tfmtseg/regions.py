@@ -53,6 +53,8 @@ class Regions:
             raise InputError("regions", "names", self.names, "one per region", "name each region")
         if len(set(self.names)) != len(self.names):
             raise InputError("regions", "names", self.names, "all different", "rename one")
+        if "mean" in self.names:  # which tables call the mean over the regions
+            raise InputError("regions", "name", "'mean'", "another", "rename this region")
         lowest = min(min(values, default=0) for values in self.members)
         highest = max(max(values, default=0) for values in self.members)
         if lowest < 1 or highest > MAX_LABEL or not all(self.names):
@@ -152,7 +154,8 @@ class Regions:
     def largest_components(self, label_map: np.ndarray) -> np.ndarray:
         """What is left when each region keeps its largest piece only.
 
-        Of nested regions, the largest piece within the larger region's is kept.
+        Of nested regions, the largest piece within the piece that the next larger region
+        keeps.
 
         Args:
             label_map: Integers, `(x, y, z)`. Voxels are connected by their faces.
@@ -161,14 +164,13 @@ class Regions:
             The same type and shape.
         """
         result = np.zeros_like(label_map)
+        kept = np.ones(label_map.shape, bool)
         for values, label in zip(self.members, self.own_labels, strict=True):
             mask = np.isin(label_map, values)
-            if self.nested and label != self.own_labels[0]:
-                mask &= result > 0
-            pieces, count = ndimage.label(mask)
-            if count:
-                largest = 1 + np.argmax(np.bincount(pieces.ravel())[1:])
-                result[pieces == largest] = label
+            pieces, count = ndimage.label(mask & kept if self.nested else mask)
+            sizes = np.bincount(pieces.ravel())[1:]
+            kept = pieces == 1 + np.argmax(sizes) if count else np.zeros_like(kept)
+            result[kept] = label
         return result
 
     def label_map(self, logits: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags
 
 from tfmtseg.console import flags_only, report_problems
-from tfmtseg.inference.evaluate import compare, evaluate, summarize_runs
+from tfmtseg.inference.evaluate import check_runs, compare, evaluate, summarize_runs
 from tfmtseg.metrics.scores import SURFACE_TOLERANCE_MM
 
 _MODEL_DIR = flags.DEFINE_list(
@@ -35,6 +35,7 @@ _COMPARISON = flags.DEFINE_string(
 
 def _evaluate() -> None:
     split = _SPLIT.value
+    check_runs(_MODEL_DIR.value)
     for model_dir in _MODEL_DIR.value:
         summary = evaluate(
             model_dir, split, _MAX_MEMORY_GB.value, _FLIPS.value, _SURFACE_TOLERANCE_MM.value

@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags
 
 from tfmtseg.console import flags_only, report_problems
-from tfmtseg.data.cases import data_name
+from tfmtseg.data.cases import peek_data_folder
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings
 from tfmtseg.training.run import train
 from tfmtseg.training.strategy import WorkerLost
@@ -50,7 +50,8 @@ def _read_config() -> TrainConfig:
     }
     origin = _CONFIG_FILE.value
     if origin is None and chosen.get("data_dir"):
-        origin = find_preset(data_name(chosen["data_dir"], chosen.get("allow_root")))
+        folder = peek_data_folder(chosen["data_dir"], chosen.get("allow_root"))
+        origin = find_preset(folder.name if folder else "")
         if origin is not None:
             print(f"Settings: {origin} (made for this data set; flags win)")
     settings = read_settings(origin) if origin is not None else {}
@@ -67,10 +68,13 @@ def _train() -> None:
         # wait for each other at the start.
         print(f"A worker was lost, starting again: {str(error).splitlines()[0]}", flush=True)
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    print(
-        f"Trained in {result['seconds']:.0f} s. "
-        f"Next: python tools/evaluate.py --model_dir={config.model_dir}"
-    )
+    if config.mode == "pretrain":
+        further = f"train.py --init_checkpoint={config.model_dir}"
+    elif result.get("num_test"):
+        further = f"evaluate.py --model_dir={config.model_dir}"
+    else:
+        further = f"predict.py --model_dir={config.model_dir}"
+    print(f"Trained in {result['seconds']:.0f} s. Next: python tools/{further}")
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import nibabel as nib
@@ -24,15 +25,20 @@ def cases(folder):
 
 @pytest.fixture
 def build(tmp_path):
-    def run(cases, num_modalities=1, labels=range(3)):
-        return build_cache(cases, tmp_path / "cache", num_modalities=num_modalities, labels=labels)
+    def run(cases, num_modalities=1, labels=range(3), **settings):
+        return build_cache(
+            cases, tmp_path / "cache", num_modalities=num_modalities, labels=labels, **settings
+        )
 
     return run
 
 
 def stamps(directory) -> dict[str, int]:
-    """Identity of each file; a rebuilt file is a new one."""
-    return {path.name: path.stat().st_ino for path in directory.iterdir()}
+    """Identity of each file, by name without checksum; a rebuilt file is a new one."""
+    paths = sorted(directory.iterdir())
+    result = {re.sub(r"\.[0-9a-f]{8}\.", ".", path.name): path.stat().st_ino for path in paths}
+    assert len(result) == len(paths)
+    return result
 
 
 class TestRecord:
@@ -73,6 +79,15 @@ class TestRecord:
         x, y, z, value = record.foreground.T
         np.testing.assert_array_equal(record.label[x, y, z], value)
         assert set(value) == {1, 2}
+
+    def test_foreground_is_what_is_segmented(self, cases, build):
+        (record, *_) = build(cases)
+        before = stamps(record.directory)
+        (segmented, *_) = build(cases, foreground_labels={2})
+        of_two = record.foreground[record.foreground[:, 3] == 2]
+        assert 0 < len(of_two) < len(record.foreground)
+        np.testing.assert_array_equal(segmented.foreground, of_two)
+        assert stamps(record.directory) == before  # runs of other regions share the cache
 
 
 class TestUnlabelled:
@@ -173,8 +188,11 @@ class TestReuse:
 
     def test_the_entry_of_another_case(self, cases, build):
         records = build(cases)
-        for ending in ("image.json", "image.npy", "label.json", "label.npy", "foreground.npy"):
-            shutil.copy(records[0]._path(ending), records[1]._path(ending))
+        for kind in ("image", "label", "foreground"):
+            shutil.copy(records[0].path(kind), records[1].path(kind))
+        for kind in ("image", "label"):
+            entries = (record.directory / f"{record.name}.{kind}.json" for record in records[:2])
+            shutil.copy(*entries)
         for case, record in zip(cases, build(cases), strict=True):
             expected = preprocess.normalize(read_image(case.images).voxels)
             np.testing.assert_array_equal(record.image, expected.voxels)
@@ -186,11 +204,29 @@ class TestReuse:
         with pytest.raises(InputErrors, match="number of channels is 1, must be 2"):
             build(cases, num_modalities=2)
 
-    @pytest.mark.parametrize("file", ["a.image.npy", "a.label.npy", "a.foreground.npy"])
+    def test_a_run_at_work_does_not_see_the_voxels_of_another(self, cases, build, folder):
+        (record, *_) = build(cases)
+        folder.image("a", seed=1)
+        (other, *_) = build(cases)
+        with pytest.raises(FileNotFoundError, match=record.path("image").name):
+            np.array(record.image)
+        np.testing.assert_array_equal(record.label, other.label)
+
+    def test_an_entry_that_leads_elsewhere(self, cases, build, tmp_path):
+        (record, *_) = build(cases)
+        elsewhere = tmp_path / "elsewhere.npy"
+        shutil.move(record.path("image"), elsewhere)
+        path = record.directory / "a.image.json"
+        entry = json.loads(path.read_text())["entry"]
+        entry["files"]["image"]["name"] = "../elsewhere.npy"
+        checksum = cache._entry_checksum(entry)
+        path.write_text(json.dumps({"checksum": checksum, "entry": entry}))
+        assert build(cases)[0].path("image") == record.path("image")
+
+    @pytest.mark.parametrize("kind", ["image", "label", "foreground"])
     @pytest.mark.parametrize("damage", ["bit", "cut", "missing"])
-    def test_damaged_array(self, cases, build, file, damage):
-        record = build(cases)[0]
-        path = record.directory / file
+    def test_damaged_array(self, cases, build, kind, damage):
+        path = build(cases)[0].path(kind)
         good = path.read_bytes()
         if damage == "bit":
             path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))

@@ -11,6 +11,7 @@ import pytest
 from tfmtseg.data import cases
 from tfmtseg.data.cases import Case, read_case_list, read_data_folder
 from tfmtseg.data.check import check_data_folder
+from tfmtseg.data.splits import subject_of
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.regions import Regions
 
@@ -154,7 +155,7 @@ class TestDecathlon:
         folder.case("c")
         folder.description["labels"] = {"background": 0, "a": [1, 256], "b": 1}
         (text,) = problems(folder.write())
-        assert "labels in 1..255" in text
+        assert "must be in 0..255" in text
 
     def test_odd_but_usable(self, folder):
         folder.case("c")
@@ -276,6 +277,22 @@ class TestNnunet:
         assert found.regions == Regions(("whole", "core"), ((1, 2, 4), (4,)), nested=True)
         assert found.labels == (0, 1, 2, 4)
 
+    def test_labels_that_no_label_map_can_hold(self, root):
+        """As uint8, 1041 would be 17: another label, of those to segment."""
+        self.describe(root, {"background": 0, "hippocampus": 17, "cortex": 1041})
+        with pytest.raises(InputErrors, match=r"'labels' is .*1041.*, must be in 0\.\.255"):
+            read_data_folder(root, regions=Regions.parse("HC=17"))
+
+    def test_images_alone(self, root):
+        """Labels do not matter: neither what is declared nor which are there."""
+        self.describe(root, {"background": 0, "a": 1, "d": 4, "ignore": 5})
+        (root / "labelsTr/a.nii.gz").unlink()
+        found = read_data_folder(root, images_only=True)
+        assert [(case.name, case.label) for case in found.cases] == [("a", None)]
+        assert (found.regions, found.labels) == (None, ())
+        with pytest.raises(InputError, match="modalities is T1, T2, must be T2, T1"):
+            found.check_modalities(("T2", "T1"), "RUN")
+
     def test_a_label_of_voxels_to_ignore(self, root):
         self.describe(root, {"background": 0, "core": 1, "ignore": 2})
         (text,) = problems(root)
@@ -303,6 +320,7 @@ class TestNnunet:
         assert "case a in imagesTr is of the channels [0], must be of the channels [0, 1]" in text
         assert "case b is in labelsTr only" in text
         assert "case c is in imagesTr only" in text
+        assert "case a is in labelsTr only" not in text  # its images are there, but one
         assert "imagesTr/odd.nii.gz is without channel number" in text
 
 
@@ -330,6 +348,9 @@ class TestBrats:
         assert [path.name for path in a.images] == [f"a{separator}{e}.nii.gz" for e in endings]
         assert a.label.name == f"a{separator}seg.nii.gz"
         assert (b.name, b.label) == ("b", None)
+        images = read_data_folder(tmp_path, images_only=True)
+        assert images.cases == (a.without_label(), b)
+        assert (images.regions, images.labels) == (None, ())
 
     def test_everything_wrong_is_listed_at_once(self, tmp_path):
         separator, endings, *_ = self.OLD
@@ -355,7 +376,36 @@ class TestBrats:
         self.case(tmp_path / "elsewhere/a", *self.OLD[:2])
         (tmp_path / "root").mkdir()
         (tmp_path / "root/a").symlink_to(tmp_path / "elsewhere/a")
-        assert "without images" in problems(tmp_path / "root")[0]
+        assert "a is a link to a file outside" in problems(tmp_path / "root")[0]
+        self.case(tmp_path / "root/b", *self.OLD[:2])
+        assert "a is a link to a file outside" in problems(tmp_path / "root")[0]
+        found = read_data_folder(tmp_path / "root", allow_root=tmp_path / "elsewhere")
+        assert [case.name for case in found.cases] == ["a", "b"]
+
+    def test_no_case_and_no_label_is_lost(self, tmp_path):
+        """BraTS 2020 has a label of another name; a folder without FLAIR is a case too."""
+        for name in ("355", "x"):
+            self.case(tmp_path / name, *self.OLD[:2])
+        (tmp_path / "355/355_seg.nii.gz").rename(tmp_path / "355/W39_1998.09.19_Segm.nii.gz")
+        (tmp_path / "x/x_flair.nii.gz").unlink()
+        texts = problems(tmp_path)
+        assert len(texts) == 2
+        assert "W39_1998.09.19_Segm.nii.gz: file is neither modality nor label" in texts[0]
+        assert "355_seg.nii.gz, if it is the label" in texts[0]
+        assert f"{tmp_path}/x: modality is flair missing" in texts[1]
+
+    def test_cases_of_two_years(self, tmp_path):
+        self.case(tmp_path / "a", *self.OLD[:2])
+        self.case(tmp_path / "b", *self.NEW[:2])
+        assert "names of files is CASE_flair and CASE-t2f" in problems(tmp_path)[0]
+
+    def test_scans_of_a_patient_are_one_subject(self, tmp_path):
+        for name in ("BraTS-GLI-00008-000", "BraTS-GLI-00008-001", "BraTS-GLI-00009-000"):
+            self.case(tmp_path / name, *self.NEW[:2])
+        found = read_data_folder(tmp_path)
+        subjects = [subject_of(case.name, found.subject_regex) for case in found.cases]
+        assert subjects == ["BraTS-GLI-00008", "BraTS-GLI-00008", "BraTS-GLI-00009"]
+        assert subject_of("other", found.subject_regex) == "other"
 
     def test_the_modalities_are_those_of_the_decathlon(self, tmp_path):
         self.case(tmp_path / "a", *self.NEW[:2])
@@ -379,6 +429,9 @@ class TestPlain:
         found = read_data_folder(tmp_path)
         assert [len(case.images) for case in found.cases] == [2, 2]
         assert len(found.modalities) == 2
+        found.check_modalities(("T1", "T2"), "RUN")
+        with pytest.raises(InputError, match="files per case is 2, must be 3, one for each of"):
+            found.check_modalities(("T1", "T2", "T3"), "RUN")
 
     @pytest.mark.parametrize("channels", ["0", "02", "013"])
     def test_other_modalities(self, tmp_path, channels):

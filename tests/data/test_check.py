@@ -52,6 +52,15 @@ def test_copies_and_odd_spacing(folder):
     assert "b.nii.gz: voxel size 1 x 1 x 6 mm" in spacing
 
 
+def test_plain_images_have_as_many_channels_as_each_other(tmp_path):
+    """As --unlabeled_dir, one of them would stop a training."""
+    random = np.random.default_rng(0)
+    for name, shape in (("a", (9, 9, 9)), ("b", (9, 9, 9, 3))):
+        nib.save(nib.Nifti1Image(random.normal(size=shape), np.eye(4)), tmp_path / f"{name}.nii")
+    (error,) = check_data_folder(tmp_path).errors
+    assert "b.nii: number of channels is 3, must be 1" in str(error)
+
+
 def test_labels_that_are_not_declared(folder):
     folder.case("a")  # of the labels 0, 1, 2
     folder.description["labels"] = {"0": "background", "1": "a"}

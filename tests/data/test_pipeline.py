@@ -38,13 +38,15 @@ def make_record(directory: Path, number: int, labelled: bool) -> Record:
         label[6:9, 5:8, 4:7] = 1
         label[0, 0, 0] = 2  # rare, and in a corner
     name = f"case{number}"
-    np.save(directory / f"{name}.image.npy", image)
-    np.save(directory / f"{name}.label.npy", label)
-    np.save(directory / f"{name}.foreground.npy", foreground_voxels(label, seed=0))
+    arrays = {"image": image, "label": label, "foreground": foreground_voxels(label, seed=0)}
+    for kind, array in arrays.items():
+        np.save(directory / f"{name}.{kind}.npy", array)
+    kinds = ("image", "label", "foreground") if labelled else ("image",)
     return Record(
         name=name,
         directory=directory,
-        labelled=labelled,
+        files={kind: f"{name}.{kind}.npy" for kind in kinds},
+        foreground_labels=(1, 2),
         scale=np.array([STEP, 2 * STEP], np.float32),
         offset=np.array([0.0, 1.0], np.float32),
         background=np.array(BACKGROUND, np.float32),
@@ -263,7 +265,7 @@ def test_labelled_patches_do_not_depend_on_the_unlabelled_ones(labelled, unlabel
 
 def test_both_streams_draw_apart(labelled):
     # The same cases in both streams, as when labels are hidden: not the same crops.
-    hidden = [replace(record, labelled=False) for record in labelled]
+    hidden = [record.without_label() for record in labelled]
     images, _, _ = batches(labelled, hidden, (0, 1), foreground=0.0)[0]
     assert not any(np.array_equal(a, b) for a in images[::2] for b in images[1::2])
 

@@ -142,6 +142,13 @@ class TestMakeSplits:
         with pytest.raises(InputError, match=words):
             self.make(**settings)
 
+    def test_images_alone(self):
+        assert make_splits([], ["b", "a"], needs_labels=False) == Splits((), ("a", "b"), (), ())
+        with pytest.raises(InputError, match="--num_labeled"):
+            make_splits([], ["b", "a"])
+        with pytest.raises(InputError, match="--num_labeled"):
+            make_splits([], ["b", "a"], num_labeled=1, needs_labels=False)
+
 
 HEARTS = [f"acdc_{i:03d}_{phase}" for i in range(1, 24) for phase in ("ED", "ES")]
 # Patients 1-7 are of group a, 8-14 of b, 15-23 of c: sorted, as in the real data.

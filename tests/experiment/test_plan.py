@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
 from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.data.splits import subject_of
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.estimate import Estimates, describe_plan
 from tfmtseg.experiment.plan import (
@@ -99,6 +101,36 @@ def test_runs_are_checked_before_the_first_starts(make_experiment):
     experiment = make_experiment("encdec", "x=encdec:train_steps=7", steps_per_epoch=2)
     with pytest.raises(InputError, match="must be a multiple of steps_per_epoch"):
         plan_runs(experiment, list(experiment.arms.values()), [3], [0])
+
+
+def test_an_experiment_has_test_cases(make_experiment):
+    experiment = make_experiment("encdec", num_test=0)
+    arms = list(experiment.arms.values())
+    with pytest.raises(InputError, match=r"num_test is 0, must be 1 or more.*--set num_test=10"):
+        plan_runs(experiment, arms, [3], [0])
+    for settings in ({"test_list": "some.txt"}, {"num_folds": 5}):
+        experiment = make_experiment("encdec", num_test=0, **settings)
+        assert len(plan_runs(experiment, arms, [3], [0])) == 1
+
+
+def test_subjects_and_preset_are_those_of_the_runs(tmp_path):
+    """Of a link that --set allow_root allows, and of a layout that names the patient."""
+    write_phantoms(tmp_path / "store", 1, shape=(8, 8, 8))
+    description = tmp_path / "store/dataset.json"
+    content = json.loads(description.read_text())
+    description.write_text(json.dumps({**content, "name": "Hippocampus"}))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/dataset.json").symlink_to(description)
+    for folder in ("imagesTr", "labelsTr"):
+        (tmp_path / "data" / folder).symlink_to(tmp_path / "store" / folder)
+    allowed = {"allow_root": str(tmp_path / "store")}
+    assert read_base_settings(str(tmp_path / "data"), None, allowed).num_test == 50
+    case = tmp_path / "brats/BraTS-GLI-00008-000"
+    case.mkdir(parents=True)
+    for ending in ("t2f", "t1n", "t1c", "t2w", "seg"):
+        (case / f"{case.name}-{ending}.nii.gz").touch()
+    regex = read_base_settings(str(tmp_path / "brats"), None, {}).subject_regex
+    assert subject_of(case.name, regex) == "BraTS-GLI-00008"
 
 
 def test_flags_give_the_settings_of_the_run(make_experiment):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tfmtseg import files
 from tfmtseg.errors import InputError
 from tfmtseg.experiment import run as run_module
 from tfmtseg.experiment.plan import Experiment, Run, open_experiment, parse_arms, plan_runs
@@ -84,7 +85,16 @@ def test_side_by_side(make_experiment, tools):
     (tools / "block").unlink()
     assert program.wait(60) == 0
     assert set((tools / "most").read_text().split()) <= {"1", "2"}
-    assert {run.key for run in runs} <= set(Results.read(experiment.results).runs)
+    results = Results.read(experiment.results)
+    assert {run.key for run in runs} <= set(results.runs)
+    assert all(results.runs[run.key].side_by_side == 2 for run in runs[:2])
+
+
+def test_a_run_that_has_the_machine_to_itself(make_experiment, tools):
+    experiment = make_experiment("encdec")
+    (run,) = all_runs(experiment)
+    make_runs(experiment, [run], parallel=2, tools=tools)
+    assert Results.read(experiment.results).runs[run.key].side_by_side == 1
 
 
 def steps(experiment: Experiment, run: Run) -> int:
@@ -150,7 +160,7 @@ def test_runs_that_outlive_their_experiment_keep_the_next_call_off(
     make_experiment, tools, monkeypatch
 ):
     """Where runs do not end with the experiment, they hold its lock."""
-    monkeypatch.setattr(run_module, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(files, "_PATIENCE_SECONDS", 0)
     experiment = make_experiment("encdec")
     (run,) = all_runs(experiment)
     (tools / "block").write_text(str(run))
@@ -220,7 +230,7 @@ def test_a_run_of_an_earlier_version_does_not_stop_the_others(make_experiment, t
 
 
 def test_one_experiment_at_a_time(make_experiment, tools, monkeypatch):
-    monkeypatch.setattr(run_module, "_PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(files, "_PATIENCE_SECONDS", 0)
     experiment = make_experiment("encdec")
     further = parse_arms(["sscpcseg"])
     experiment = open_experiment(experiment.directory, ".", experiment.settings, further, 1)

@@ -108,7 +108,7 @@ def test_a_run_is_measured(tmp_path, monkeypatch, form):
     keras.utils.set_random_seed(0)
     model = make_model(config, Regions.parse(config.regions))
     model.build((None, 16, 16, 16, len(folder.modalities)))
-    run = Run(tmp_path / "run", config, folder.modalities, splits, model)
+    run = Run(tmp_path / "run", config, folder.modalities, (1.0, 1.0, 1.0), splits, model)
     monkeypatch.setattr(diagnose_module, "load_run", lambda model_dir, segments: run)
     result = diagnose(config.model_dir)
     path = tmp_path / "run" / "diagnosis" / "development.json"

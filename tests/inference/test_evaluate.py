@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,10 @@ from tfmtseg.data.cases import read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry
 from tfmtseg.data.preprocess import Normalized
 from tfmtseg.data.splits import Splits
-from tfmtseg.errors import InputError, InputErrors
+from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.inference import evaluate as evaluate_module
 from tfmtseg.inference import predict as predict_module
-from tfmtseg.inference.evaluate import compare, evaluate, summarize_runs
+from tfmtseg.inference.evaluate import check_runs, compare, evaluate, summarize_runs
 from tfmtseg.inference.predict import predict_folder
 from tfmtseg.regions import Regions
 
@@ -84,6 +85,7 @@ def make_run(data, tmp_path, monkeypatch):
                 flips=(True, False, False),
             ),
             modalities=folder.modalities,
+            spacing_mm=(2.0, 1.0, 3.0),
             folder=folder,
             regions=folder.regions,
             splits=Splits(("train",), (), (), ("exact", "half")),
@@ -158,7 +160,7 @@ def test_report(make_run):
     page = (directory / "evaluation/test/report.html").read_text()
     assert "0.833" in page
     assert "half" in page
-    assert "Dice score on development cases" in page
+    assert "Dice score on patches of development cases" in page
 
 
 def test_compare(make_run, tmp_path):
@@ -185,6 +187,68 @@ def test_runs_with_other_tolerances_are_not_compared(make_run, tmp_path):
         compare(directories, tmp_path / "both.html")
     with pytest.raises(InputError, match=r"surface_tolerance_mm is 4, must be 2\.0"):
         summarize_runs(directories)
+
+
+def test_runs_are_not_compared_where_mirrored_images_voted_in_one(make_run, tmp_path):
+    directories = [make_run("first"), make_run("second")]
+    evaluate(directories[0])
+    evaluate(directories[1], flips=True)
+    with pytest.raises(InputError, match="test_time_flips is True, must be False, that of"):
+        compare(directories, tmp_path / "both.html")
+    page = (directories[1] / "evaluation/test/report.html").read_text()
+    assert re.search("Mirrored images vote</th>\\s*<td>yes<", page)
+
+
+def test_runs_are_checked_before_the_first_is_evaluated(make_run, monkeypatch):
+    first, second = make_run("first"), make_run("second")
+    check_runs([first, second])
+    with pytest.raises(InputError, match="must be each run once"):
+        check_runs([first, f"{first}/."])
+    with pytest.raises(InputError, match="--model_dir: value is empty"):
+        check_runs([])
+    load = evaluate_module.load_run
+
+    def of_another(model_dir):
+        run = load(model_dir)
+        run.regions = Regions.exclusive([Path(model_dir).name])
+        return run
+
+    monkeypatch.setattr(evaluate_module, "load_run", of_another)
+    with pytest.raises(InputError, match="regions is second, must be first, as of"):
+        check_runs([first, second])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_tolerance_that_is_no_length(make_run, value):
+    with pytest.raises(InputError, match="--surface_tolerance_mm: value is"):
+        evaluate(make_run(), surface_tolerance_mm=value)
+    with pytest.raises(InputError, match=r"--max_memory_gb: value is nan"):
+        evaluate(make_run("other"), max_memory_gb=float("nan"))
+
+
+def spoil(data: Path, *names: str) -> None:
+    """Images whose headers are sound and whose voxels are not."""
+    for name in names:
+        path = data / f"imagesTr/{name}.nii.gz"
+        voxels = np.asarray(nib.load(path).dataobj).copy()
+        voxels[0, 0, 0] = np.nan
+        nib.save(nib.Nifti1Image(voxels, LPS), path)
+
+
+def test_all_bad_voxels_are_told_at_once_and_old_scores_go(make_run, data):
+    directory = make_run()
+    evaluate(directory)
+    spoil(data, "exact", "half")
+    with pytest.raises(InputErrors, match="2 problems"):
+        evaluate(directory)
+    assert not (directory / "evaluation/test/summary.json").exists()
+
+
+def test_bad_voxels_keep_no_other_case_from_its_label_map(make_run, data, tmp_path):
+    spoil(data, "exact", "half")
+    with pytest.raises(InputErrors, match="2 problems"):
+        predict_folder(make_run(), data / "imagesTr", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.nii.gz"]
 
 
 def test_an_evaluation_of_an_earlier_version_has_to_be_made_again(make_run, tmp_path):
@@ -275,6 +339,72 @@ def test_predict_data_folder_reads_no_label(make_run, data, tmp_path):
     for path in (data / "labelsTr").iterdir():
         path.write_bytes(b"not read")
     assert len(predict_folder(make_run(), data, tmp_path / "out")) == 3
+
+
+def test_predict_data_folder_whatever_its_labels(make_run, data, tmp_path):
+    """With a gap in their numbers, which training takes with --regions, and one missing."""
+    description = json.loads((data / "dataset.json").read_text())
+    description["labels"] = {"0": "background", "1": "blob", "4": "other"}
+    description["training"][1]["label"] = "labelsTr/gone.nii.gz"
+    del description["training"][2]["label"]
+    model = make_run()
+    load = predict_module.load_run(model)  # reads the folder as it was
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict_module, "load_run", lambda model_dir: load)
+        (data / "dataset.json").write_text(json.dumps(description))
+        assert len(predict_folder(model, data, tmp_path / "out")) == 3
+
+
+def test_predict_warns_of_voxels_of_another_size(make_run, data, tmp_path, monkeypatch):
+    run = predict_module.load_run(make_run())
+    monkeypatch.setattr(predict_module, "load_run", lambda model_dir: run)
+    for name in ("exact", "train"):
+        (data / f"imagesTr/{name}.nii.gz").unlink()
+    for spacing_mm in ((2.0, 1.0, 3.0), None):  # None of an earlier version
+        run.spacing_mm = spacing_mm
+        predict_folder("model", data / "imagesTr", tmp_path / "out")  # warnings are errors here
+    run.spacing_mm = (2.0, 1.0, 1.0)
+    with pytest.warns(
+        InputWarning, match=r"half.*voxel size 2 x 1 x 3 mm is far from that .*model"
+    ):
+        predict_folder("model", data / "imagesTr", tmp_path / "out")
+
+
+def test_predict_finds_files_that_do_not_fit_before_the_first_prediction(make_run, data, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    voxels = np.zeros((*SHAPE, 2), np.float32)
+    nib.save(nib.Nifti1Image(voxels, LPS), images / "four.nii.gz")
+    (images / "sound.nii.gz").write_bytes((data / "imagesTr/half.nii.gz").read_bytes())
+    with pytest.raises(InputErrors, match=r"four.nii.gz: number of channels is 2, must be 1"):
+        predict_folder(make_run(), images, tmp_path / "out")
+    for i in range(2):
+        (images / f"sound_000{i}.nii.gz").write_bytes((images / "sound.nii.gz").read_bytes())
+    for name in ("four", "sound"):
+        (images / f"{name}.nii.gz").unlink()
+    with pytest.raises(InputError, match="files per case is 2, must be 1, one for each of MRI"):
+        predict_folder(make_run("other"), images, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_files_of_a_case_share_its_space(tmp_path):
+    moved = LPS.copy()
+    moved[0, 3] += 5
+    for i, affine in enumerate((LPS, moved)):
+        nib.save(nib.Nifti1Image(np.zeros(SHAPE, np.float32), affine), tmp_path / f"a_000{i}.nii")
+    (case,) = read_data_folder(tmp_path).cases
+    with pytest.raises(
+        InputErrors, match=r"a_0001.nii: affine is 5 mm off, must be that of .*0000"
+    ):
+        predict_module.check_headers([case], 2)
+
+
+def test_predict_never_writes_over_annotations(make_run, data):
+    with pytest.raises(InputError, match="labelsTr: output folder is a folder of annotations"):
+        predict_folder(make_run(), data / "imagesTr", data / "labelsTr")
+    (data / "taken").write_text("")
+    with pytest.raises(InputError, match="taken: output folder is a file"):
+        predict_folder(make_run("other"), data / "imagesTr", data / "taken")
 
 
 @pytest.mark.parametrize("inside", [".", "imagesTr", "new/folder"])

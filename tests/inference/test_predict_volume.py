@@ -79,5 +79,7 @@ def test_runs_that_do_not_fit_each_other(monkeypatch):
     assert load_runs(["first", "same"]) == (first, first)
     with pytest.raises(InputError, match=r"RUN: regions is .*head"):
         load_runs(["first", "other"])
+    with pytest.raises(InputError, match="--model_dir: value is empty"):
+        load_runs([])
     with pytest.raises(InputError, match="RUN: largest_component is True, must be False"):
         load_runs(["first", "pieces"])

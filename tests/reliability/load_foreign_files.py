@@ -103,7 +103,7 @@ def write_run(directory: Path) -> Segmenter:
     """Writes what a finished run holds; returns its model."""
     model = Segmenter(regions=3, method="encdec", width=8)
     model.build((None, 16, 16, 16, len(MODALITIES)))
-    write_model(directory, model, MODALITIES, (16, 16, 16))
+    write_model(directory, model, MODALITIES, (16, 16, 16), (1, 1, 1))
     write_weights(directory, model)
     write_text(
         directory / "config.yaml",
@@ -144,12 +144,12 @@ def doors(
 def read_forged_cache(bomb: Path, folder: Path, case: Case) -> Record:
     """A case from a cache that holds `bomb` with its right checksum."""
     record = build_cache([case], folder, num_modalities=len(MODALITIES), labels=range(4))[0]
-    array, entry = (folder / f"{case.name}.image.{ending}" for ending in ("npy", "json"))
+    array, entry = record.path("image"), folder / f"{case.name}.image.json"
     before = zlib.crc32(array.read_bytes())
     shutil.copy(bomb, array)
     stored = json.loads(entry.read_text())
-    assert stored["entry"]["files"] == {array.name: before}
-    stored["entry"]["files"] = {array.name: zlib.crc32(array.read_bytes())}
+    assert stored["entry"]["files"]["image"] == {"name": array.name, "checksum": before}
+    stored["entry"]["files"]["image"]["checksum"] = zlib.crc32(array.read_bytes())
     stored["checksum"] = zlib.crc32(json.dumps(stored["entry"], sort_keys=True).encode())
     entry.write_text(json.dumps(stored))
     inode = array.stat().st_ino

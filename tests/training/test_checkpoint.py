@@ -25,7 +25,7 @@ def make(method: str = "cpcseg", seed: int = 0, crop: int = 16, **kwargs) -> Seg
 
 
 def finished(directory: Path, model: Segmenter, modalities=MODALITIES) -> Path:
-    write_model(directory, model, modalities, (16, 16, 16))
+    write_model(directory, model, modalities, (16, 16, 16), (1, 1, 1))
     write_weights(directory, model)
     (directory / "result.json").write_text("{}")
     return directory

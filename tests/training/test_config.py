@@ -54,6 +54,9 @@ def test_defaults_pass_the_check():
         ("noise", -1.0),
         ("elastic_voxels", -3.0),
         ("weight_decay", -0.001),
+        ("steps_per_epoch", 0),
+        ("ids_per_subject", 2),  # and no --subject_regex
+        ("model_dir", "runs/lr[0.003]"),
     ],
 )
 def test_bad_settings_are_named_with_a_mend(field, value):

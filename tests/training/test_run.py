@@ -14,9 +14,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tfmtseg import files
 from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.data.splits import Splits
-from tfmtseg.errors import InputError
+from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.inference.evaluate import evaluate
 from tfmtseg.inference.predict import predict_folder
 from tfmtseg.models.segmenter import Segmenter
@@ -119,6 +120,8 @@ def test_run_folder(opened):
     for name in (b"loss/seg", b"loss/cpc", b"dice/WT", b"images/overlay"):
         assert name in content
     assert (run.directory / "splits" / "labeled.txt").exists()
+    assert run.spacing_mm == (1.0, 1.0, 1.0)
+    assert result["num_test"] == 2
 
 
 def test_the_same_command_again_changes_nothing(opened, phantoms):
@@ -156,6 +159,49 @@ def test_a_run_does_not_go_on_with_other_data(opened, phantoms, tmp_path):
     (copy / "model.json").write_text(json.dumps(description))
     with pytest.raises(InputError, match=r"model\.json: modalities is"):
         train(config)
+
+
+def test_a_run_does_not_go_on_with_other_voxels(opened, phantoms, tmp_path):
+    """A label that was corrected during a break: the result would belong to neither."""
+    run, _ = opened
+    copy, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(run.directory, copy)
+    shutil.copytree(phantoms, data)
+    config = settings(phantoms, copy, data_dir=str(data))
+    train(config)
+    case = run.splits.labeled[0]
+    path = data / f"labelsTr/{case}.nii.gz"
+    label = np.asarray(nib.load(path).dataobj).copy()
+    label[label == 3] = 2
+    nib.save(nib.Nifti1Image(label, nib.load(path).affine), path)
+    with pytest.raises(InputError, match=rf"data\.json: case {case} is .*, must be .*as made of"):
+        train(config)
+
+
+def test_two_processes_do_not_train_in_one_folder(opened, phantoms, monkeypatch):
+    run, _ = opened
+    monkeypatch.setattr(files, "_PATIENCE_SECONDS", 0)
+    with (
+        files.lock(run.directory, "training run"),
+        pytest.raises(InputError, match="training run is at work in another process"),
+    ):
+        train(settings(phantoms, run.directory))
+
+
+def test_first_weights_have_not_learned_the_test_cases(opened, phantoms, tmp_path):
+    run, _ = opened
+    splits, source = run.splits, str(run.directory)
+    config = dataclasses.replace(run.config, init_checkpoint=source)
+    run_module._check_origin(config, splits)
+    swapped = dataclasses.replace(splits, labeled=splits.test, test=splits.labeled)
+    with pytest.raises(InputError, match=f"--init_checkpoint: case {min(splits.labeled)} is one"):
+        run_module._check_origin(config, swapped)
+    elsewhere = dataclasses.replace(config, data_dir=str(tmp_path))
+    with pytest.warns(InputWarning, match="images of 2 development or test cases .* only in name"):
+        run_module._check_origin(elsewhere, swapped)
+    seen = dataclasses.replace(splits, unlabeled=(), test=splits.unlabeled)
+    with pytest.warns(InputWarning, match="images of 3 development or test cases"):
+        run_module._check_origin(config, seen)
 
 
 @pytest.fixture(scope="module")

@@ -136,8 +136,12 @@ def test_auto_is_one_device_without_a_gpu(monkeypatch):
     ("changes", "message"),
     [
         ({"strategy": "mirrored"}, r"num_replicas: value is 0, must be 1 or more where there is"),
-        ({"num_replicas": 2}, r"num_replicas: value is 2, must be 1, as --strategy=one_device"),
+        (
+            {"strategy": "one_device", "num_replicas": 2},
+            r"num_replicas: value is 2, must be 1, as --strategy=one_device",
+        ),
         ({"strategy": "mirrored", "num_replicas": 16}, r"must be 1 once TensorFlow runs"),
+        ({"strategy": "auto", "num_replicas": 16}, r"must be 1 once TensorFlow runs"),
         (
             {"strategy": "mirrored", "num_replicas": 2, "labeled_per_step": 3},
             r"labeled_per_step: value is 3, must be a multiple of the 2 replicas.*choose 4",

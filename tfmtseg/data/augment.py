@@ -205,7 +205,7 @@ def blur(patch: tf.Tensor, sigma: tf.Tensor) -> tf.Tensor:
 
 
 def change_intensities(patch: tf.Tensor, augmentation: Augmentation, seed: tf.Tensor) -> tf.Tensor:
-    """Gamma, gain, shift, blur and noise, drawn for each channel.
+    """Gamma, gain and shift, drawn for each channel; blur and noise, as strong in all.
 
     Args:
         patch: Normalised intensities, float32, `(x, y, z, channels)`.

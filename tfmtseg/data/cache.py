@@ -5,23 +5,26 @@ read through a memory map without the rest of its volume. Image and label are
 separate entries: a case that is unlabelled in one run has an image entry only, and
 its label file is never opened.
 
-    CASE.image.npy                  int16 (x, y, z, channels), RAS+
+    CASE.12345678.image.npy         int16 (x, y, z, channels), RAS+
     CASE.image.json                 scale, offset, background, geometry
-    CASE.label.npy                  uint8 (x, y, z)
-    CASE.foreground.npy             int32 (k, 4): x, y, z, label value
+    CASE.12345678.label.npy         uint8 (x, y, z)
+    CASE.12345678.foreground.npy    int32 (k, 4): x, y, z, label value
     CASE.label.json
 
 An entry's JSON file is its manifest and is written last. It holds the settings of
-the preprocessing, what tells a source file from any other, and the checksums of the
-arrays. All is compared whenever a run starts; an entry that differs is built anew.
+the preprocessing, what tells a source file from any other, and names and checksums of
+the arrays. All is compared whenever a run starts; an entry that differs is built anew.
+Arrays are named after their content: when another run replaces an entry, a run that
+uses it stops for want of its file, and never goes on with other voxels.
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from tfmtseg.errors import InputError, InputErrors
 from tfmtseg.files import atomic_path, write_json
 
 FOREGROUND_VOXELS = 1000  # per label value
+FORMAT = 2  # raise when entries are written otherwise
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,9 @@ class Record:
     Args:
         name: The case's name.
         directory: The cache's folder.
-        labelled: Whether the label may be used.
+        files: Names of its arrays: `image`, and `label` and `foreground` if the label may be
+            used.
+        foreground_labels: The label values that patches are centred on.
         scale: float32 `(channels,)`.
         offset: float32 `(channels,)`; `image * scale + offset` is the normalised
             volume.
@@ -57,37 +63,54 @@ class Record:
 
     name: str
     directory: Path
-    labelled: bool
+    files: Mapping[str, str]
+    foreground_labels: tuple[int, ...]
     scale: np.ndarray
     offset: np.ndarray
     background: np.ndarray
     geometry: Geometry
 
     @property
+    def labelled(self) -> bool:
+        """Whether the label may be used."""
+        return "label" in self.files
+
+    def without_label(self) -> Record:
+        """This case with its label left out."""
+        return replace(self, files={"image": self.files["image"]})
+
+    @property
     def image(self) -> np.ndarray:
         """int16 `(x, y, z, channels)`, memory-mapped."""
-        return np.load(self._path("image.npy"), mmap_mode="r", allow_pickle=False)
+        return np.load(self.path("image"), mmap_mode="r", allow_pickle=False)
 
     @property
     def label(self) -> np.ndarray | None:
         """uint8 `(x, y, z)`, memory-mapped; `None` for an unlabelled case."""
         if not self.labelled:
             return None
-        return np.load(self._path("label.npy"), mmap_mode="r", allow_pickle=False)
+        return np.load(self.path("label"), mmap_mode="r", allow_pickle=False)
 
     @property
     def foreground(self) -> np.ndarray | None:
-        """int32 `(k, 4)`: x, y, z and value of up to 1,000 voxels per label value."""
+        """int32 `(k, 4)`: x, y, z and value of up to 1,000 voxels per foreground label."""
         if not self.labelled:
             return None
-        return np.load(self._path("foreground.npy"), allow_pickle=False)
+        voxels = np.load(self.path("foreground"), allow_pickle=False)
+        return voxels[np.isin(voxels[:, 3], self.foreground_labels)]
 
-    def _path(self, ending: str) -> Path:
-        return self.directory / f"{self.name}.{ending}"
+    def path(self, kind: str) -> Path:
+        """The file of an array: of `image`, `label` or `foreground`."""
+        return self.directory / self.files[kind]
 
 
 def build_cache(
-    cases: Sequence[Case], directory: Path, *, num_modalities: int, labels: Sequence[int]
+    cases: Sequence[Case],
+    directory: Path,
+    *,
+    num_modalities: int,
+    labels: Sequence[int],
+    foreground_labels: Collection[int] | None = None,
 ) -> list[Record]:
     """Brings the cache of `cases` up to date.
 
@@ -99,6 +122,7 @@ def build_cache(
         directory: The cache's folder; created when missing.
         num_modalities: Channels that every image must have.
         labels: The label values that may occur.
+        foreground_labels: Those that patches are centred on; by default all.
 
     Returns:
         One record per case, in order.
@@ -108,24 +132,26 @@ def build_cache(
     """
     records: list[Record] = []
     errors: list[InputError] = []
+    wanted = tuple(sorted(labels if foreground_labels is None else foreground_labels))
     for case in tqdm(cases, desc="Preparing cases", unit="case"):
         try:
-            records.append(_refresh(case, directory, num_modalities, labels))
+            records.append(_refresh(case, directory, num_modalities, labels, wanted))
         except InputError as error:
             errors.append(error)
     if errors:
         raise InputErrors(errors)
-    size = sum(path.stat().st_size for record in records for path in _files(record))
+    size = sum(record.path(kind).stat().st_size for record in records for kind in record.files)
     print(f"Cache: {len(records)} cases, {size / 2**20:.1f} MiB in {directory}")
     return records
 
 
-def _files(record: Record) -> list[Path]:
-    endings = ["image.npy"] + ["label.npy", "foreground.npy"] * record.labelled
-    return [record._path(ending) for ending in endings]
-
-
-def _refresh(case: Case, directory: Path, num_modalities: int, labels: Sequence[int]) -> Record:
+def _refresh(
+    case: Case,
+    directory: Path,
+    num_modalities: int,
+    labels: Sequence[int],
+    foreground_labels: tuple[int, ...],
+) -> Record:
     """The record of a case, its entries rebuilt where they are missing or stale."""
     entry = _entry(
         directory / f"{case.name}.image.json",
@@ -134,27 +160,35 @@ def _refresh(case: Case, directory: Path, num_modalities: int, labels: Sequence[
         lambda: _build_image(case, directory, num_modalities),
     )
     geometry = Geometry.from_config(entry["geometry"])
+    files = _names(entry)
     label = case.label
     if label is not None:
-        _entry(
-            directory / f"{case.name}.label.json",
-            {
-                "labels": list(labels),
-                "geometry": entry["geometry"],
-                "foreground_voxels": FOREGROUND_VOXELS,
-            },
-            (label,),
-            lambda: _build_label(case, label, directory, geometry, labels),
+        files |= _names(
+            _entry(
+                directory / f"{case.name}.label.json",
+                {
+                    "labels": list(labels),
+                    "geometry": entry["geometry"],
+                    "foreground_voxels": FOREGROUND_VOXELS,
+                },
+                (label,),
+                lambda: _build_label(case, label, directory, geometry, labels),
+            )
         )
     return Record(
         name=case.name,
         directory=directory,
-        labelled=label is not None,
+        files=files,
+        foreground_labels=foreground_labels,
         scale=np.array(entry["scale"], np.float32),
         offset=np.array(entry["offset"], np.float32),
         background=np.array(entry["background"], np.float32),
         geometry=geometry,
     )
+
+
+def _names(entry: Mapping[str, Any]) -> dict[str, str]:
+    return {kind: file["name"] for kind, file in entry["files"].items()}
 
 
 def _entry(
@@ -171,12 +205,17 @@ def _entry(
         sources: The files that it is made from.
         build: Writes the arrays; returns what to remember, with `files`.
     """
-    origin = {"settings": dict(settings), "sources": _signatures(sources)}
+    origin = {"format": FORMAT, "settings": dict(settings), "sources": _signatures(sources)}
     stored = _read_entry(path)
     if stored is not None and stored["origin"] == origin and _is_intact(path.parent, stored):
         return stored
     entry = {"origin": origin, **build()}
     write_json(path, {"checksum": _entry_checksum(entry), "entry": entry})
+    case = path.name.removesuffix(".json").rpartition(".")[0]
+    for kind, name in _names(entry).items():
+        for old in path.parent.glob(f"{glob.escape(case)}.????????.{kind}.npy"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
     return entry
 
 
@@ -214,7 +253,9 @@ def _entry_checksum(entry: Mapping[str, Any]) -> int:
 def _is_intact(directory: Path, entry: Mapping[str, Any]) -> bool:
     try:
         return all(
-            _checksum(directory / name) == expected for name, expected in entry["files"].items()
+            file["name"] == Path(file["name"]).name  # in this folder, whoever wrote the entry
+            and _checksum(directory / file["name"]) == file["checksum"]
+            for file in entry["files"].values()
         )
     except OSError:
         return False
@@ -228,19 +269,21 @@ def _checksum(path: Path) -> int:
     return result
 
 
-def _save(path: Path, array: np.ndarray) -> dict[str, int]:
-    """Writes an array; returns its file's name and checksum."""
+def _save(directory: Path, case: Case, kind: str, array: np.ndarray) -> dict[str, Any]:
+    """Writes an array; returns its file's name and checksum, by the array's kind."""
+    content = zlib.crc32(np.ascontiguousarray(array).data)
+    path = directory / f"{case.name}.{content:08x}.{kind}.npy"
     with atomic_path(path) as temporary:
         np.save(temporary, array, allow_pickle=False)
         checksum = _checksum(temporary)
-    return {path.name: checksum}
+    return {kind: {"name": path.name, "checksum": checksum}}
 
 
 def _build_image(case: Case, directory: Path, num_modalities: int) -> dict[str, Any]:
     volume = read_image(case.images, num_modalities=num_modalities)
     normalized = preprocess.normalize(volume.voxels, case.images[0])
     return {
-        "files": _save(directory / f"{case.name}.image.npy", normalized.voxels),
+        "files": _save(directory, case, "image", normalized.voxels),
         "scale": normalized.scale.tolist(),
         "offset": normalized.offset.tolist(),
         "background": normalized.background.tolist(),
@@ -256,8 +299,8 @@ def _build_label(
     foreground = foreground_voxels(label, seed=zlib.crc32(case.name.encode()))
     return {
         "files": {
-            **_save(directory / f"{case.name}.label.npy", label),
-            **_save(directory / f"{case.name}.foreground.npy", foreground),
+            **_save(directory, case, "label", label),
+            **_save(directory, case, "foreground", foreground),
         }
     }
 

@@ -28,7 +28,7 @@ from typing import Any
 from tfmtseg.data.nifti import SUFFIXES
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import write_text
-from tfmtseg.regions import Regions
+from tfmtseg.regions import MAX_LABEL, Regions
 
 MAX_JSON_BYTES = 2**22  # of a dataset.json, which costs up to 30 times as much memory
 MAX_JSON_DEPTH = 20
@@ -70,11 +70,15 @@ class DataFolder:
         name: What its `dataset.json` calls the data; `BraTS`, or empty, without one.
         modalities: Names of the channels, in order. Empty for a plain folder with
             one file per case, which does not say them.
-        regions: What is segmented; `None` for a plain folder, which does not say it.
-        labels: The label values that may occur, background included, in order; none for a
-            plain folder.
+        regions: What is segmented; `None` for a plain folder, which does not say it, and where
+            images alone were asked for.
+        labels: The label values that may occur, background included, in order; none where
+            `regions` is `None`.
         cases: For training, with or without a label, sorted by name.
         test_cases: Those listed for testing (without labels), sorted by name.
+        subject_regex: What names the subject in the names of cases, if the layout tells; see
+            `tfmtseg.data.splits.subject_of`.
+        plain: Whether it is a plain folder.
     """
 
     root: Path
@@ -84,6 +88,8 @@ class DataFolder:
     labels: tuple[int, ...]
     cases: tuple[Case, ...]
     test_cases: tuple[Case, ...] = ()
+    subject_regex: str = ""
+    plain: bool = False
 
     def check_modalities(self, expected: Sequence[str], of: object) -> None:
         """Makes sure that a network's input channels mean the same here.
@@ -94,9 +100,15 @@ class DataFolder:
 
         Raises:
             InputError: If the folder names others, or has another order. A plain folder
-                has no names to compare.
+                has no names to compare, only the number of files per case.
         """
-        if not self.labels:
+        if self.plain:
+            if self.modalities and len(self.modalities) != len(expected):
+                raise InputError(
+                    self.root, "files per case", len(self.modalities),
+                    f"{len(expected)}, one for each of {', '.join(expected)}, as in {of}",
+                    "name the files CASE_0000, CASE_0001, ... in that order",
+                )  # fmt: skip
             return
         if [name.casefold() for name in self.modalities] != [name.casefold() for name in expected]:
             raise InputError(
@@ -110,6 +122,7 @@ def read_data_folder(
     root: str | os.PathLike[str],
     allow_root: str | os.PathLike[str] | None = None,
     regions: Regions | None = None,
+    images_only: bool = False,
 ) -> DataFolder:
     """Reads the structure of a data folder.
 
@@ -118,6 +131,8 @@ def read_data_folder(
         allow_root: Another folder that links in it may lead into.
         regions: What is segmented, of labels that `dataset.json` declares. By default each
             label by itself, or the regions it declares.
+        images_only: Whether labels do not matter: no case has one then, whatever is declared
+            and whichever are missing.
 
     Raises:
         InputErrors: With everything that is wrong with the structure.
@@ -125,26 +140,27 @@ def read_data_folder(
     Warns:
         InputWarning: If something is odd but clear enough to go on.
     """
-    folder, errors = scan_data_folder(root, allow_root, regions)
+    folder, errors = scan_data_folder(root, allow_root, regions, images_only)
     if folder is None or errors:
         raise InputErrors(errors)
     return folder
 
 
-def data_name(
+def peek_data_folder(
     root: str | os.PathLike[str], allow_root: str | os.PathLike[str] | None = None
-) -> str:
-    """What a data folder's `dataset.json` calls the data; empty where nothing does."""
-    with warnings.catch_warnings():  # whoever reads the folder is told
+) -> DataFolder | None:
+    """What is sound of a data folder, for its name; whoever reads it is told of the rest."""
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
         folder, _ = scan_data_folder(root, allow_root)
-    return folder.name if folder else ""
+    return folder
 
 
 def scan_data_folder(
     root: str | os.PathLike[str],
     allow_root: str | os.PathLike[str] | None = None,
     regions: Regions | None = None,
+    images_only: bool = False,
 ) -> tuple[DataFolder | None, list[InputError]]:
     """Like `read_data_folder`, but returns what is sound beside what is not.
 
@@ -160,14 +176,15 @@ def scan_data_folder(
             )
         description_file = data_root.path / "dataset.json"
         if not (description_file.is_symlink() or description_file.exists()):
-            if not _list_images(data_root.path):  # else it is plain, whatever lies beside them
-                forms = (_scan_brats(data_root, form, regions) for form in _BRATS_FORMS)
-                if found := next(filter(None, forms), None):
-                    return found
+            # With images at the top it is plain, whatever lies beside them.
+            if not _list_images(data_root.path) and (
+                found := _scan_brats(data_root, regions, images_only)
+            ):
+                return found
             return _scan_plain(data_root, regions)
         description = _Description(description_file, _read_json(data_root, description_file))
         scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
-        return scan(data_root, description, regions), description.errors
+        return scan(data_root, description, regions, images_only), description.errors
     except InputError as error:
         return None, [error]
     except OSError as error:
@@ -338,7 +355,7 @@ def _read_numbered(description: _Description, key: str) -> tuple[str, ...]:
 
 
 def _read_regions(
-    description: _Description, regions: Regions | None
+    description: _Description, regions: Regions | None, images_only: bool
 ) -> tuple[Regions | None, tuple[int, ...]]:
     """What is segmented, and the label values that are declared; nothing and a problem if bad.
 
@@ -348,7 +365,10 @@ def _read_regions(
     Args:
         description: The `dataset.json`.
         regions: What is segmented; by default what is declared.
+        images_only: Whether labels do not matter.
     """
+    if images_only:
+        return None, ()
     labels = description.entry("labels", dict, 'an object like {"0": "background", "1": "core"}')
     if not labels:
         return None, ()
@@ -364,6 +384,8 @@ def _read_regions(
     except ValueError:
         return refuse(without_gap, renumber)
     declared = sorted({0}.union(*values.values()))
+    if declared[0] < 0 or declared[-1] > MAX_LABEL:
+        return refuse(f"in 0..{MAX_LABEL}", "renumber the labels, in the files too")
     if "ignore" in values:
         return refuse(
             "without 'ignore' (every voxel counts here)", "label these voxels, or drop the cases"
@@ -423,9 +445,11 @@ def _nested_regions(values: Mapping[str, tuple[int, ...]]) -> Regions:
 # ---------------------------------------------------------- Decathlon (MSD) layout
 
 
-def _scan_decathlon(root: _Root, description: _Description, regions: Regions | None) -> DataFolder:
+def _scan_decathlon(
+    root: _Root, description: _Description, regions: Regions | None, images_only: bool
+) -> DataFolder:
     modalities = _read_numbered(description, "modality")
-    regions, labels = _read_regions(description, regions)
+    regions, labels = _read_regions(description, regions, images_only)
     training = description.entry("training", list, "a list of cases with an image and a label")
     test = description.content.get("test", [])
     if not isinstance(test, list):
@@ -441,7 +465,7 @@ def _scan_decathlon(root: _Root, description: _Description, regions: Regions | N
         )  # fmt: skip
         training = test = []
     entries = [
-        (f"{key}[{i}]", _read_entry(root, description, f"{key}[{i}]", entry))
+        (f"{key}[{i}]", _read_entry(root, description, f"{key}[{i}]", entry, images_only))
         for key, listed in (("training", training), ("test", test))
         for i, entry in enumerate(listed)
     ]
@@ -462,13 +486,15 @@ def _by_name(cases: Iterable[Case]) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda case: case.name))
 
 
-def _read_entry(root: _Root, description: _Description, where: str, entry: Any) -> Case | None:
+def _read_entry(
+    root: _Root, description: _Description, where: str, entry: Any, images_only: bool
+) -> Case | None:
     """One element of `training` or `test`: an object, or the image's path alone."""
     if not isinstance(entry, dict):
         entry = {"image": entry}
     image = _listed_file(root, description, f"{where}.image", entry.get("image"))
     label = None
-    if entry.get("label") is not None:
+    if entry.get("label") is not None and not images_only:
         label = _listed_file(root, description, f"{where}.label", entry["label"])
         if label is None:
             return None
@@ -574,12 +600,14 @@ class _BratsForm:
         endings: Of the images, in the order of `_BRATS_MODALITIES`.
         regions: The preset of `tfmtseg.regions`.
         labels: That may occur.
+        subject_regex: What names the patient in a case's name.
     """
 
     separator: str
     endings: tuple[str, str, str, str]
     regions: str
     labels: tuple[int, ...]
+    subject_regex: str = ""
 
     def find(self, folder: Path, ending: str) -> Path | None:
         """A file of the case that a folder is named after, if it is there."""
@@ -591,20 +619,45 @@ class _BratsForm:
 _BRATS_MODALITIES = ("FLAIR", "T1w", "T1Gd", "T2w")  # names and order of the Decathlon
 _BRATS_FORMS = (
     _BratsForm("_", ("flair", "t1", "t1ce", "t2"), "brats_124", (0, 1, 2, 4)),  # 2017 to 2021
-    _BratsForm("-", ("t2f", "t1n", "t1c", "t2w"), "brats_123", (0, 1, 2, 3)),  # since 2023
+    # 2023, whose names end in the number of the scan of a patient: BraTS-GLI-00000-000.
+    _BratsForm("-", ("t2f", "t1n", "t1c", "t2w"), "brats_123", (0, 1, 2, 3), r"^(.+?)(?:-\d{3})?$"),
 )
 
 
 def _scan_brats(
-    root: _Root, form: _BratsForm, regions: Regions | None
+    root: _Root, regions: Regions | None, images_only: bool
 ) -> tuple[DataFolder | None, list[InputError]] | None:
     """A folder per case, perhaps in folders by grade; `None` if there is no such case."""
-    inner = [path for path in root.path.iterdir() if path.is_dir() and root.holds(path)]
-    inner += [path for outer in inner for path in outer.iterdir() if path.is_dir()]
-    folders = [path for path in sorted(inner) if form.find(path, form.endings[0])]
-    if not folders:
-        return None
-    errors = [
+    errors: list[InputError] = []
+
+    def folders_of(parent: Path) -> list[Path]:
+        inner = [path for path in sorted(parent.iterdir()) if path.is_dir()]
+        errors.extend(
+            _link_outside(root.path, str(path.relative_to(root.path)))
+            for path in inner
+            if not root.holds(path)
+        )
+        return [path for path in inner if root.holds(path)]
+
+    inner = folders_of(root.path)
+    inner += [path for outer in inner for path in folders_of(outer)]
+    by_form = {
+        form: [path for path in inner if any(form.find(path, end) for end in form.endings)]
+        for form in _BRATS_FORMS
+    }
+    found = [form for form, folders in by_form.items() if folders]
+    if not found:
+        return (None, errors) if errors else None
+    form, folders = found[0], by_form[found[0]]
+    if len(found) > 1:
+        errors.append(
+            InputError(
+                root.path, "names of files",
+                " and ".join(f"CASE{f.separator}{f.endings[0]}" for f in found),
+                "of one year", "keep each year's cases in a folder of their own",
+            )
+        )  # fmt: skip
+    errors += [
         InputError(
             root.path, f"case {name}", "there twice", "of a name of its own", "rename one"
         )
@@ -615,14 +668,27 @@ def _scan_brats(
         errors.append(
             InputError(
                 "--regions", "labels", unknown, f"among those of BraTS here, {form.labels}",
-                f"leave it out, which is {form.regions}",
+                f"leave it out, which is {form.regions}, or declare labels in a dataset.json of "
+                "nnU-Net's layout",
             )
         )  # fmt: skip
     cases = []
     for folder in folders:
         images = {ending: form.find(folder, ending) for ending in form.endings}
-        label = form.find(folder, "seg")
+        label = None if images_only else form.find(folder, "seg")
         missing = [ending for ending, path in images.items() if path is None]
+        if label is None and not missing and not images_only:
+            known = set(images.values())
+            errors += [
+                InputError(
+                    path, "file", "neither modality nor label by its name",
+                    f"{folder.name}{form.separator}seg{''.join(path.suffixes[-2:])}, if it is "
+                    "the label",
+                    "rename it, or take it away",
+                )
+                for path in _list_images(folder)
+                if path not in known
+            ]  # fmt: skip
         files, refused = _usable(root, filter(None, (*images.values(), label)))
         errors += refused
         errors += [
@@ -636,18 +702,26 @@ def _scan_brats(
             cases.append(Case(folder.name, tuple(files[: len(images)]), label))
     return (
         DataFolder(
-            root.path, "BraTS", _BRATS_MODALITIES, regions, form.labels, _by_name(cases)
+            root.path,
+            "BraTS",
+            _BRATS_MODALITIES,
+            None if images_only else regions,
+            () if images_only else form.labels,
+            _by_name(cases),
+            subject_regex=form.subject_regex,
         ),
         errors,
-    )  # fmt: skip
+    )
 
 
 # --------------------------------------------------------- nnU-Net and plain layout
 
 
-def _scan_nnunet(root: _Root, description: _Description, regions: Regions | None) -> DataFolder:
+def _scan_nnunet(
+    root: _Root, description: _Description, regions: Regions | None, images_only: bool
+) -> DataFolder:
     modalities = _read_numbered(description, "channel_names")
-    regions, labels = _read_regions(description, regions)
+    regions, labels = _read_regions(description, regions, images_only)
     suffix = description.content.get("file_ending")
     if suffix not in SUFFIXES:
         description.problem(
@@ -657,8 +731,10 @@ def _scan_nnunet(root: _Root, description: _Description, regions: Regions | None
     if not modalities:  # which has been told; the files cannot be grouped
         return DataFolder(root.path, "", modalities, regions, labels, ())
     images = _group_modalities(root, description, "imagesTr", suffix, len(modalities))
-    label_maps = _files_by_stem(root, description, "labelsTr", suffix)
-    for name in sorted(set(images) ^ set(label_maps)):
+    label_maps: dict[str, Path] = {}
+    if not images_only:
+        label_maps = _files_by_stem(root, description, "labelsTr", suffix)
+    for name in () if images_only else sorted(set(images) ^ set(label_maps)):
         here, there = ("imagesTr", "labelsTr") if name in images else ("labelsTr", "imagesTr")
         description.problem(
             f"case {name}", f"in {here} only", f"in {there} too",
@@ -670,7 +746,9 @@ def _scan_nnunet(root: _Root, description: _Description, regions: Regions | None
             f"case {name}", "in imagesTr and imagesTs", "in one of them", "remove or rename one"
         )
     cases = [
-        Case(name, files, label_maps[name]) for name, files in images.items() if name in label_maps
+        Case(name, files, label_maps.get(name))
+        for name, files in images.items()
+        if files and (images_only or name in label_maps)
     ]
     if not images:
         description.problem("imagesTr", "without images", "a folder with images", "add images")
@@ -681,7 +759,7 @@ def _scan_nnunet(root: _Root, description: _Description, regions: Regions | None
         regions,
         labels,
         _by_name(cases),
-        _by_name(Case(name, files) for name, files in test.items()),
+        _by_name(Case(name, files) for name, files in test.items() if files),
     )
 
 
@@ -722,7 +800,7 @@ def _link_outside(file: Path, field: str) -> InputError:
 def _group_modalities(
     root: _Root, description: _Description, folder: str, suffix: str, num_modalities: int
 ) -> dict[str, tuple[Path, ...]]:
-    """The files `CASE_0000`, `CASE_0001`, ... of a folder by case."""
+    """The files `CASE_0000`, `CASE_0001`, ... of a folder by case; none if one is missing."""
     groups: dict[str, dict[int, Path]] = {}
     for stem, path in _files_by_stem(root, description, folder, suffix).items():
         match = _MODALITY_FILE.fullmatch(stem)
@@ -733,11 +811,12 @@ def _group_modalities(
                 f"{folder}/{path.name}", "without channel number", f"like CASE_0000{suffix}",
                 "rename the file",
             )  # fmt: skip
-    result = {}
+    result: dict[str, tuple[Path, ...]] = {}
     for name, files in groups.items():
         if sorted(files) == list(range(num_modalities)):
             result[name] = tuple(files[number] for number in sorted(files))
         else:
+            result[name] = ()
             description.problem(
                 f"case {name} in {folder}", f"of the channels {sorted(files)}",
                 f"of the channels {list(range(num_modalities))}", "add the missing channel's file",
@@ -795,4 +874,4 @@ def _scan_plain(root: _Root, regions: Regions | None) -> tuple[DataFolder | None
         Case(name, tuple(group[number] for number in sorted(group)))
         for name, group in groups.items()
     )
-    return DataFolder(root.path, "", modalities, regions, (), cases), errors
+    return DataFolder(root.path, "", modalities, regions, (), cases, plain=True), errors

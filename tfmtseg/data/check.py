@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ class _Facts:
     """What of a case is compared with the other cases."""
 
     case: Case
+    channels: int | None = None
     image_hash: str | None = None
     spacing_mm: tuple[float, float, float] | None = None
 
@@ -70,12 +71,16 @@ def check_data_folder(
         cases = folder.cases + folder.test_cases if folder else ()
         num_modalities = len(folder.modalities) or None if folder else None
         labels = folder.labels if folder else ()
-        facts = [
-            _check_case(case, num_modalities, labels, errors)
-            for case in tqdm(cases, desc="Checking cases", unit="case")
-        ]
+        facts: list[_Facts] = []
+        for case in tqdm(cases, desc="Checking cases", unit="case"):
+            facts.append(_check_case(case, num_modalities, labels, errors))
+            # A plain folder does not say; its cases must be alike.
+            num_modalities = num_modalities or facts[-1].channels
         _warn_about_copies(Path(root), facts)
-        _warn_about_spacing(facts)
+        spacings = {str(f.case.images[0]): f.spacing_mm for f in facts if f.spacing_mm}
+        if spacings:
+            usual = np.median(np.array(list(spacings.values())), axis=0).tolist()
+            warn_about_spacing(spacings, usual, "the data set's median")
     texts = [str(item.message) for item in caught if issubclass(item.category, InputWarning)]
     return Findings(len(cases), tuple(errors), tuple(texts))
 
@@ -88,6 +93,7 @@ def _check_case(
     volume: Volume | None = None
     try:
         volume = read_image(case.images, num_modalities=num_modalities)
+        facts.channels = volume.voxels.shape[-1]
         facts.spacing_mm = volume.geometry.spacing_mm
         facts.image_hash = _hash(volume.voxels)
         normalize(volume.voxels, case.images[0])
@@ -126,18 +132,27 @@ def _warn_about_copies(root: Path, facts: Sequence[_Facts]) -> None:
             )
 
 
-def _warn_about_spacing(facts: Sequence[_Facts]) -> None:
-    known = [(item.case, item.spacing_mm) for item in facts if item.spacing_mm is not None]
-    if not known:
-        return
-    spacings = np.array([spacing for _, spacing in known])
-    median = np.median(spacings, axis=0)
-    ratio = np.maximum(spacings / median, median / spacings).max(axis=1)
-    for case, spacing in (known[i] for i in np.flatnonzero(ratio > ODD_SPACING)):
-        _warn(
-            f"{case.images[0]}: voxel size {_millimetres(spacing)} is far from the "
-            f"data set's median {_millimetres(median)}; a network sees other sizes here."
-        )
+def warn_about_spacing(
+    spacings_mm: Mapping[str, Sequence[float]], usual_mm: Sequence[float], what: str
+) -> None:
+    """Warns of images in which a network sees other sizes than it is used to.
+
+    Args:
+        spacings_mm: Voxel sizes along x, y and z, by image file.
+        usual_mm: What the network is used to.
+        what: In words.
+
+    Warns:
+        InputWarning: For each image whose voxels are more than twice as large along an
+            axis, or less than half.
+    """
+    for path, spacing_mm in spacings_mm.items():
+        ratio = np.divide(spacing_mm, usual_mm)
+        if max(ratio.max(), 1 / ratio.min()) > ODD_SPACING:
+            _warn(
+                f"{path}: voxel size {_millimetres(spacing_mm)} is far from {what}, "
+                f"{_millimetres(usual_mm)}; a network sees other sizes here."
+            )
 
 
 def _millimetres(sizes: Iterable[float]) -> str:

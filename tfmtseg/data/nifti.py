@@ -259,14 +259,31 @@ def _values_text(labels: Sequence[int]) -> str:
     return f"one of {', '.join(map(str, labels))}"
 
 
-def read_geometry(path: Path) -> Geometry:
+def read_geometry(
+    path: Path,
+    *,
+    channels: int | None = None,
+    like: Geometry | None = None,
+    image: object = None,
+) -> Geometry:
     """Reads a file's header only.
+
+    Args:
+        path: The file.
+        channels: How many it must have; `None` takes any number.
+        like: The geometry that its voxels must have too.
+        image: The file which that is of, for the message.
 
     Raises:
         InputError: If the header cannot be used.
     """
     with _open(path) as stream:
-        return _read_header(path, stream).geometry
+        header = _read_header(path, stream)
+    if channels is not None:
+        _check_channels(path, header.channels, channels)
+    if like is not None:
+        _check_same_space(path, header.geometry, image, like)
+    return header.geometry
 
 
 def write_label_map(path: Path, label_map: np.ndarray, geometry: Geometry) -> None:

@@ -152,6 +152,7 @@ def make_splits(
     seed: int = 0,
     labeled_list: Sequence[str] | None = None,
     test_list: Sequence[str] | None = None,
+    needs_labels: bool = True,
 ) -> Splits:
     """Splits cases by subject.
 
@@ -178,6 +179,7 @@ def make_splits(
             `count_subjects`, subject by subject.
         labeled_list: Names the pool in order instead, up to `num_labeled`.
         test_list: Names the test cases instead.
+        needs_labels: Whether there must be a labelled case to train on.
 
     Returns:
         The splits. Names are sorted, except those of the labelled cases.
@@ -220,7 +222,7 @@ def make_splits(
     else:
         order = _in_turn(groups, pool, seed) if labeled_list is None else fixed
         units = [[name] for name in order]
-    if not units or num_labeled > len(units):
+    if (needs_labels and not units) or num_labeled > len(units):
         raise InputError(
             "--num_labeled", "value", num_labeled or "all", f"at most {len(units)}, and above 0",
             f"ask for fewer labelled, development or test cases, or add some (there are "

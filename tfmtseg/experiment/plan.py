@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from tfmtseg.data.cases import data_name
+from tfmtseg.data.cases import peek_data_folder
 from tfmtseg.errors import InputError
 from tfmtseg.files import read_rows, write_text
 from tfmtseg.models.methods import METHODS
@@ -274,8 +274,8 @@ class Experiment:
             self.settings,
             **run.arm.settings,
             data_dir=self.data_dir,
-            model_dir=str(self.run_directory(run)),
-            cache_dir=str(self.directory / "cache"),
+            model_dir=str(self.run_directory(run).resolve()),
+            cache_dir=str(self.directory.resolve() / "cache"),
             method=run.arm.method,
             num_labeled=run.num_labeled,
             seed=run.seed,
@@ -355,13 +355,17 @@ def read_base_settings(
     Raises:
         InputError: If the folder or a setting cannot be used.
     """
+    folder = peek_data_folder(data_dir, changes.get("allow_root")) if data_dir else None
     origin: str | Path | None = config_file
-    if not origin and data_dir:
-        origin = find_preset(data_name(data_dir))
+    if not origin and folder:
+        origin = find_preset(folder.name)
     values = read_settings(origin) if origin else {}
     TrainConfig.from_mapping(values, str(origin))  # names the file, should it be wrong
     shared = {name: value for name, value in values.items() if name not in OWN_SETTINGS}
-    return TrainConfig.from_mapping({**shared, **changes}, "flags")
+    settings = TrainConfig.from_mapping({**shared, **changes}, "flags")
+    if folder and not settings.subject_regex:  # as every run will
+        settings = dataclasses.replace(settings, subject_regex=folder.subject_regex)
+    return settings
 
 
 def open_experiment(
@@ -409,8 +413,14 @@ def plan_runs(
     that is stopped early compares all arms.
 
     Raises:
-        InputError: If a run's settings cannot be used.
+        InputError: If a run's settings cannot be used, or leave no test cases to compare by.
     """
+    settings = experiment.settings
+    if not (settings.num_test or settings.test_list or settings.num_folds):
+        raise InputError(
+            "--set", "num_test", 0, "1 or more, unless test_list or num_folds gives test cases",
+            "add such as --set num_test=10",
+        )  # fmt: skip
     runs = [
         Run(arm, count, seed)
         for seed in dict.fromkeys(seeds)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +16,9 @@ from tfmtseg.errors import InputError
 from tfmtseg.experiment.estimate import Estimates
 from tfmtseg.experiment.plan import Experiment, Run, steps_made
 from tfmtseg.experiment.results import Results, collect, keep_splits
+from tfmtseg.files import lock
 
 _POLL_SECONDS = 0.5
-_PATIENCE_SECONDS = 10.0  # for the processes of an experiment that was just killed
 # Runs must not outlive an experiment that is killed: the next call would go on with them
 # at the same time. Linux ends them (prctl 1 is PR_SET_PDEATHSIG, signal 9); elsewhere the
 # lock, which they inherit, keeps the next call off until they are done.
@@ -40,12 +38,14 @@ class _Job:
         stages: Commands that are still to come.
         process: The command at work.
         memory_mib: Highest memory of the commands so far.
+        side_by_side: The most runs that were at work with it, itself included.
     """
 
     run: Run
     stages: list[list[str]]
     process: subprocess.Popen[bytes]
     memory_mib: int = 0
+    side_by_side: int = 1
 
 
 def make_runs(
@@ -69,7 +69,7 @@ def make_runs(
     Raises:
         InputError: If another process makes runs of this experiment.
     """
-    with _lock(experiment.directory) as lock:
+    with lock(experiment.directory, "experiment") as held:
         experiment.write()
         results = Results.read(experiment.results)
         waiting = [run for run in runs if run.key not in results.runs]
@@ -79,17 +79,19 @@ def make_runs(
         try:
             while waiting or at_work:
                 while waiting and len(at_work) < parallel:
-                    at_work.append(_start(experiment, waiting.pop(0), tools, lock))
+                    at_work.append(_start(experiment, waiting.pop(0), tools, held))
+                for job in at_work:
+                    job.side_by_side = max(job.side_by_side, len(at_work))
                 time.sleep(_POLL_SECONDS)
                 for job in list(at_work):
                     code = _poll(job)
                     if code == 0 and job.stages:
-                        job.process = _launch(experiment, job.run, job.stages.pop(0), lock)
+                        job.process = _launch(experiment, job.run, job.stages.pop(0), held)
                     elif code is not None:
                         at_work.remove(job)
                         progress.ended.append(job.run)
                         try:
-                            results = _take_in(experiment, results, job, code, parallel)
+                            results = _take_in(experiment, results, job, code)
                         except (InputError, _RunFailed) as error:
                             failed.append(job.run)
                             progress.tell(str(error))
@@ -150,27 +152,7 @@ class _Progress:
         self.bar.write(text, file=sys.stderr)
 
 
-@contextlib.contextmanager
-def _lock(directory: Path) -> Iterator[int]:
-    """Keeps other calls off; yields the open file, which runs inherit."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with open(directory / ".lock", "wb") as file:
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(
-                        directory, "experiment", "at work in another process", "at rest",
-                        "wait for it, or end that process",
-                    ) from None  # fmt: skip
-                time.sleep(_POLL_SECONDS)
-        yield file.fileno()
-
-
-def _start(experiment: Experiment, run: Run, tools: Path, lock: int) -> _Job:
+def _start(experiment: Experiment, run: Run, tools: Path, held: int) -> _Job:
     """Starts the training of a run, or goes on with it."""
     directory = experiment.run_directory(run)
     directory.mkdir(parents=True, exist_ok=True)
@@ -178,11 +160,11 @@ def _start(experiment: Experiment, run: Run, tools: Path, lock: int) -> _Job:
     data_dir = str(Path(experiment.data_dir).resolve())
     train = [str(tools / "train.py"), *experiment.train_flags(run, data_dir, root)]
     evaluate = [str(tools / "evaluate.py"), f"--model_dir={directory.resolve()}"]
-    return _Job(run, [evaluate], _launch(experiment, run, train, lock))
+    return _Job(run, [evaluate], _launch(experiment, run, train, held))
 
 
 def _launch(
-    experiment: Experiment, run: Run, command: list[str], lock: int
+    experiment: Experiment, run: Run, command: list[str], held: int
 ) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if experiment.threads:
@@ -195,7 +177,7 @@ def _launch(
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
-            pass_fds=(lock,),
+            pass_fds=(held,),
         )
 
 
@@ -214,14 +196,14 @@ class _RunFailed(Exception):
     """A command of a run ended with another status than 0."""
 
 
-def _take_in(
-    experiment: Experiment, results: Results, job: _Job, code: int, parallel: int
-) -> Results:
+def _take_in(experiment: Experiment, results: Results, job: _Job, code: int) -> Results:
     """The results with those of a run that has ended; written."""
     if code != 0:
         raise _RunFailed(_failure(experiment, job.run, code))
     directory = experiment.run_directory(job.run)
-    results = collect(results, job.run, directory, memory_mib=job.memory_mib, side_by_side=parallel)
+    results = collect(
+        results, job.run, directory, memory_mib=job.memory_mib, side_by_side=job.side_by_side
+    )
     keep_splits(job.run, directory, experiment.results)
     results.write(experiment.results)
     return results

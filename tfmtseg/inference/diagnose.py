@@ -66,6 +66,7 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
         Path(config.cache_dir or run.directory / "cache"),
         num_modalities=len(run.modalities),
         labels=run.folder.labels,
+        foreground_labels=set().union(*run.regions.members),
     )
     training = [*records[: len(labelled)], *records[len(labelled) + len(held_out) :]]
     held_out_records = records[len(labelled) :][: len(held_out)]
@@ -115,6 +116,8 @@ def _contrast(
     means = np.sum(sums, axis=0)  # their lengths do not matter
     found: dict[str, list[float]] = {name: [] for name in (*branch.shown, "accuracy_by_place")}
     for images in images_of(held_out, "Contrast"):
+        if len(images) < min(per_batch, len(held_out)):
+            continue  # what is left of the cases has fewer candidates: an easier task
         batch = _batch(run.model, images)
         for name, value in branch.learn(batch).items():
             found[name].append(float(tf.reduce_mean(value)))

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 import warnings
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 from tfmtseg import compat
 from tfmtseg.data.cases import Case
-from tfmtseg.data.nifti import Geometry, read_geometry, read_image, read_label, write_label_map
+from tfmtseg.data.nifti import Geometry, read_image, read_label, write_label_map
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import read_rows, write_json, write_rows
 from tfmtseg.inference.predict import (
@@ -48,7 +49,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Segments and scores every case of a split; see the module for what is written.
 
-    All headers are checked before the first prediction, and the memory it will take.
+    All headers are checked before the first prediction, and the memory it will take. Scores
+    of an earlier evaluation are gone as soon as label maps are replaced.
 
     Args:
         model_dir: Folder of a finished training run.
@@ -61,30 +63,43 @@ def evaluate(
         The content of `summary.json`.
 
     Raises:
-        InputError: If the split is empty, a file cannot be used, or the memory is too
-            little.
-        InputErrors: With every case that is missing or has a bad header.
+        InputError: If the split is empty, the tolerance no length, or the memory too little.
+        InputErrors: With every case that is missing or has a bad header; with all that
+            cannot be used, when the others are segmented. Nothing is scored then.
     """
+    if not 0 <= surface_tolerance_mm < math.inf:
+        raise InputError(
+            "--surface_tolerance_mm", "value", surface_tolerance_mm, "a length of 0 mm or more",
+            f"choose {SURFACE_TOLERANCE_MM:g}",
+        )  # fmt: skip
     run = load_run(model_dir)
     cases = cases_of(run, split)
     labelled = cases_of(run, "labeled")
-    geometries = check_headers([*cases, *labelled])
+    geometries = check_headers([*cases, *labelled], len(run.modalities))
     images = {str(case.images[0]): geometries[str(case.images[0])] for case in cases}
     batch_size = windows_per_call([run], images, max_memory_gb)
     check_flips([run], flips)
     directory = _directory(run, split)
-    prior = _fit_shape_prior(run, labelled)
+    prior = _fit_shape_prior(run, labelled, geometries)
+    (directory / "summary.json").unlink(missing_ok=True)
     start = time.perf_counter()
     scores: list[CaseScores] = []
     prior_scores: list[CaseScores] = []
+    errors: list[InputError] = []
     for case in tqdm(cases, desc=f"Evaluating ({split})", unit="case"):
-        label_map, geometry = predict_case([run], case, batch_size, flips)
-        write_label_map(_prediction_path(run, split, case), label_map, geometry)
-        truth, spacing_mm = _read_truth(run, case, geometry), geometry.spacing_mm
+        try:
+            label_map, geometry = predict_case([run], case, batch_size, flips)
+            write_label_map(_prediction_path(run, split, case), label_map, geometry)
+            truth, spacing_mm = _read_truth(run, case, geometry), geometry.spacing_mm
+        except InputError as error:
+            errors.append(error)
+            continue
         guess = prior.predict(truth.shape, spacing_mm)
         how = run.regions, spacing_mm, surface_tolerance_mm
         scores.append(score_case(case.name, label_map, truth, *how))
         prior_scores.append(score_case(case.name, guess, truth, *how))
+    if errors:
+        raise InputErrors(errors)
     summary = {
         "data": run.folder.root.name,
         "split": split,
@@ -102,6 +117,35 @@ def evaluate(
     return summary
 
 
+def check_runs(model_dirs: Sequence[str | os.PathLike[str]]) -> None:
+    """Makes sure that runs can be evaluated together, before the first one is.
+
+    Args:
+        model_dirs: Folders of training runs.
+
+    Raises:
+        InputError: If there is none, one is named twice or cannot be used, or they segment
+            other regions.
+    """
+    if not model_dirs:
+        raise InputError("--model_dir", "value", "empty", "a folder", "name a training run")
+    if len({Path(model_dir).resolve() for model_dir in model_dirs}) < len(model_dirs):
+        raise InputError(
+            "--model_dir", "value", ",".join(map(str, model_dirs)), "each run once",
+            "leave out the second",
+        )  # fmt: skip
+    first: Run | None = None
+    for model_dir in model_dirs:
+        run = load_run(model_dir)
+        first = first or run
+        if run.regions != first.regions:
+            raise InputError(
+                run.directory, "regions", ", ".join(run.regions.names),
+                f"{', '.join(first.regions.names)}, as of {first.directory}",
+                "evaluate them one by one",
+            )  # fmt: skip
+
+
 def summarize_runs(
     model_dirs: Sequence[str | os.PathLike[str]], split: str = "test"
 ) -> dict[str, Any]:
@@ -115,11 +159,11 @@ def summarize_runs(
         What `summarize` gives for all cases of all runs.
 
     Raises:
-        InputError: If a run was not evaluated, or with another tolerance.
+        InputError: If a run was not evaluated, or otherwise than the first.
     """
     directories = [Path(model_dir) / "evaluation" / split for model_dir in model_dirs]
     summaries = [_read_summary(directory) for directory in directories]
-    _check_tolerances(model_dirs, summaries)
+    _check_alike(model_dirs, summaries)
     scores: list[CaseScores] = []
     for directory, summary in zip(directories, summaries, strict=True):
         scores += read_metrics(directory / "metrics.csv", list(summary["empty_truth"]))
@@ -141,8 +185,8 @@ def compare(
         split: The split they were evaluated on.
 
     Raises:
-        InputError: If a run was not evaluated, or on other regions or cases, or with
-            another tolerance.
+        InputError: If a run was not evaluated, or on other regions or cases, or otherwise
+            than the first.
     """
     runs = [load_run(model_dir) for model_dir in model_dirs]
     names = [run.config.method for run in runs]
@@ -156,7 +200,7 @@ def compare(
                 run.directory, "evaluation", "of other regions or cases",
                 f"of those of {runs[0].directory}", "compare runs with the same split",
             )  # fmt: skip
-    _check_tolerances(model_dirs, [report.summary for report in reports])
+    _check_alike(model_dirs, [report.summary for report in reports])
     write_report(path, reports)
 
 
@@ -236,11 +280,15 @@ def _read_truth(run: Run, case: Case, geometry: Geometry) -> np.ndarray:
     return read_label(case.label, labels=run.folder.labels, like=geometry, image=case.images[0])
 
 
-def _fit_shape_prior(run: Run, labelled: Sequence[Case]) -> ShapePrior:
-    geometries = [read_geometry(case.images[0]) for case in labelled]
+def _fit_shape_prior(
+    run: Run, labelled: Sequence[Case], geometries: Mapping[str, Geometry]
+) -> ShapePrior:
+    of_cases = [geometries[str(case.images[0])] for case in labelled]
     return ShapePrior.fit(
-        [_read_truth(run, case, g) for case, g in zip(labelled, geometries, strict=True)],
-        [geometry.spacing_mm for geometry in geometries],
+        (_read_truth(run, *pair) for pair in zip(labelled, of_cases, strict=True)),
+        [geometry.ras_shape for geometry in of_cases],
+        [geometry.spacing_mm for geometry in of_cases],
+        num_labels=1 + max(run.folder.labels),
     )
 
 
@@ -274,17 +322,17 @@ def _read_history(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def _check_tolerances(
+def _check_alike(
     model_dirs: Sequence[str | os.PathLike[str]], summaries: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Surface Dice scores of other tolerances are no numbers of one kind."""
-    tolerances = [summary["surface_tolerance_mm"] for summary in summaries]
-    for model_dir, tolerance in zip(model_dirs, tolerances, strict=True):
-        if tolerance != tolerances[0]:
-            raise InputError(
-                model_dir, "surface_tolerance_mm", tolerance,
-                f"{tolerances[0]}, that of {model_dirs[0]}", "evaluate all with one tolerance",
-            )  # fmt: skip
+    """Scores of other tolerances, or of more votes, are no numbers of one kind."""
+    for setting in ("surface_tolerance_mm", "test_time_flips"):
+        for model_dir, summary in zip(model_dirs, summaries, strict=True):
+            if summary[setting] != summaries[0][setting]:
+                raise InputError(
+                    model_dir, setting, summary[setting],
+                    f"{summaries[0][setting]}, that of {model_dirs[0]}", "evaluate all alike",
+                )  # fmt: skip
 
 
 def _read_summary(directory: Path) -> dict[str, Any]:

@@ -211,11 +211,11 @@ def largest_components(label_map: tf.Tensor, regions: Regions) -> tf.Tensor:
         The same type and shape.
     """
     result = tf.zeros_like(label_map)
+    kept = tf.ones_like(label_map, tf.bool)
     for values, label in zip(regions.members, regions.own_labels, strict=True):
         mask = tf.reduce_any([tf.equal(label_map, value) for value in values], axis=0)
-        if regions.nested and label != regions.own_labels[0]:
-            mask &= result > 0
-        result = tf.where(_largest_piece(mask), label, result)
+        kept = _largest_piece(mask & kept if regions.nested else mask)
+        result = tf.where(kept, label, result)
     return result
 
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from tfmtseg.data.cases import Case, DataFolder, read_data_folder
+from tfmtseg.data.check import warn_about_spacing
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_label_map
 from tfmtseg.data.preprocess import WORKING_BYTES, Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors
@@ -41,12 +42,13 @@ def predict_folder(
     """Segments every image of a folder.
 
     All headers are checked before the first prediction, and the memory it will take.
-    Each label map appears at once and whole; one that is there already is replaced.
+    Each label map appears at once and whole; one that is there already is replaced. An
+    image whose voxels cannot be used keeps no other from its label map.
 
     Args:
         model_dirs: Folder of a finished training run; or of several, an ensemble: then the
             mean of their logits counts.
-        images_dir: Folder of images, or a data folder (all its images).
+        images_dir: Folder of images, or a data folder (all its images, whatever its labels).
         output_dir: Gets `CASE.nii.gz`, each in its image's shape and affine.
         allow_root: Another folder that links in `images_dir` may lead into.
         max_memory_gb: See `windows_per_call`.
@@ -56,37 +58,56 @@ def predict_folder(
         The files written, one per case.
 
     Raises:
-        InputErrors: With everything that is wrong with the folder or the headers.
-        InputError: If `output_dir` lies in `images_dir`, or is where links in it lead: a
-            label map could replace an image there; if the images have other modalities
-            than the model or cannot be used, the runs do not fit each other, or the memory
-            is too little.
+        InputErrors: With everything that is wrong with the folder or the headers; with the
+            images that cannot be used, when all others have their label maps.
+        InputError: If `output_dir` is no place for label maps: in `images_dir`, or where
+            links in it lead, one could replace an image, and in a data set's `labelsTr` an
+            annotation; if the images have other modalities than the model, the runs do not
+            fit each other, or the memory is too little.
+
+    Warns:
+        InputWarning: If voxels are of quite another size than in training.
     """
     images_dir, output_dir = Path(images_dir), Path(output_dir)
-    folder = read_data_folder(images_dir, allow_root)
+    folder = read_data_folder(images_dir, allow_root, images_only=True)
+    cases = (*folder.cases, *folder.test_cases)
     _keep_off(folder, output_dir)
-    cases = [case.without_label() for case in (*folder.cases, *folder.test_cases)]
-    geometries = check_headers(cases)
     runs = load_runs([model_dirs] if isinstance(model_dirs, (str, os.PathLike)) else model_dirs)
     folder.check_modalities(runs[0].modalities, runs[0].directory)
+    geometries = check_headers(cases, len(runs[0].modalities))
     batch_size = windows_per_call(runs, geometries, max_memory_gb)
     check_flips(runs, flips)
-    written = []
+    for run in runs:
+        if run.spacing_mm:
+            spacings_mm = {path: geometry.spacing_mm for path, geometry in geometries.items()}
+            warn_about_spacing(spacings_mm, run.spacing_mm, f"that {run.directory} was trained on")
+    written: list[Path] = []
+    errors: list[InputError] = []
     for case in tqdm(cases, desc="Predicting", unit="case"):
-        label_map, geometry = predict_case(runs, case, batch_size, flips)
+        try:
+            label_map, geometry = predict_case(runs, case, batch_size, flips)
+        except InputError as error:
+            errors.append(error)
+            continue
         written.append(output_dir / f"{case.name}.nii.gz")
         write_label_map(written[-1], label_map, geometry)
+    if errors:
+        raise InputErrors(errors)
     return written
 
 
 def _keep_off(folder: DataFolder, output_dir: Path) -> None:
-    """Refuses to write where files of `folder` are, be it by links."""
+    """Refuses to write where files of `folder` are, be it by links, or a data set's labels."""
     files = [path for case in (*folder.cases, *folder.test_cases) for path in case.files]
     output = output_dir.resolve()
-    if output.is_relative_to(folder.root.resolve()):
+    if output.exists() and not output.is_dir():
+        where = "a file"
+    elif output.is_relative_to(folder.root.resolve()):
         where = "in the folder of images"
     elif output in {path.resolve().parent for path in files}:
         where = "a folder that links among the images lead to"
+    elif output.name.startswith("labels") and (output.parent / "dataset.json").exists():
+        where = "a folder of annotations"
     else:
         return
     raise InputError(output_dir, "output folder", where, "another folder", "name a new folder")
@@ -96,12 +117,14 @@ def load_runs(model_dirs: Sequence[str | os.PathLike[str]]) -> tuple[Run, ...]:
     """Trained runs that can predict together.
 
     Args:
-        model_dirs: At least one folder of a finished training run.
+        model_dirs: Folders of finished training runs.
 
     Raises:
-        InputError: If one cannot be used, or segments something else, from other modalities
-            or in other pieces than the first.
+        InputError: If there is none, or one cannot be used, or segments something else, from
+            other modalities or in other pieces than the first.
     """
+    if not model_dirs:
+        raise InputError("--model_dir", "value", "empty", "a folder", "name a training run")
     runs = tuple(load_run(model_dir) for model_dir in model_dirs)
     for run in runs[1:]:
         for name, value, first in (
@@ -184,6 +207,7 @@ def predict_volume(
         logits = more if logits is None else np.add(logits, more, out=logits)
     assert logits is not None  # there is a run; the sum has the label map of the mean
     label_map = runs[0].regions.label_map(logits)
+    del values, logits, more  # pieces take as much
     if runs[0].config.largest_component:
         label_map = runs[0].regions.largest_components(label_map)
     return label_map
@@ -208,6 +232,8 @@ def windows_per_call(
     """
     channels, outputs = len(runs[0].modalities), runs[0].regions.num_outputs
     present = resident_memory_gb()
+    if not math.isfinite(max_memory_gb):
+        raise InputError("--max_memory_gb", "value", max_memory_gb, "a number", "leave it out")
     limit = max_memory_gb or present + available_memory_gb()
 
     def window_gb(run: Run) -> float:
@@ -242,25 +268,37 @@ def windows_per_call(
     return max(1, min(wanted, 1 + int(min(further, CALL_VOXELS))))
 
 
-def check_headers(cases: Iterable[Case]) -> dict[str, Geometry]:
+def check_headers(cases: Iterable[Case], num_modalities: int) -> dict[str, Geometry]:
     """Reads the headers of all files of `cases`, labels included.
+
+    Args:
+        cases: Their images have one file, or one for each modality.
+        num_modalities: Channels of an image.
 
     Returns:
         The geometry of each case's first image, by its path.
 
     Raises:
-        InputErrors: With every header that cannot be used.
+        InputErrors: With every header that cannot be used, or does not fit its case.
     """
-    errors, geometries = [], {}
+    errors: list[InputError] = []
+    geometries: dict[str, Geometry] = {}
     for case in cases:
+        first: Geometry | None = None
         for path in case.files:
+            channels = num_modalities if len(case.images) == 1 else 1
             try:
-                geometry = read_geometry(path)
+                geometry = read_geometry(
+                    path,
+                    channels=None if path == case.label else channels,
+                    like=first,
+                    image=case.images[0],
+                )
             except InputError as error:
                 errors.append(error)
-            else:
-                if path == case.images[0]:
-                    geometries[str(path)] = geometry
+                continue
+            if path == case.images[0]:
+                first = geometries[str(path)] = geometry
     if errors:
         raise InputErrors(errors)
     return geometries

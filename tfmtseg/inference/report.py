@@ -245,7 +245,7 @@ def _curves(runs: Sequence[RunReport]) -> str:
     if dice:
         caption = "Dice score on training patches"
         if any(curve.dashed for curve in dice):
-            caption = "Dice score on development cases; dashed: on training patches"
+            caption = "Dice score on patches of development cases; dashed: on training patches"
         pictures.append((caption, draw_curves(dice, "Dice score", unit_range=True)))
     figures = "".join(_figure(png, caption) for caption, png in pictures)
     return _section("Curves", f'<div class="figures">{figures}</div>')
@@ -437,6 +437,7 @@ def _run_facts(run: RunReport) -> dict[str, str]:
         "Optimizer steps": result.get("train_steps"),
         "Parameters": ", ".join(parameters),
         "Implementation of the ops": result.get("ops_implementation"),
+        "Mirrored images vote": "yes" if summary.get("test_time_flips") else "no",
         "Time": ", ".join(f"{what} {_duration(s)}" for what, s in seconds.items() if s is not None),
         "Trained with": _versions(result),
         "Evaluated with": _versions(summary.get("versions", {})),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +26,11 @@ class ShapePrior:
 
     @classmethod
     def fit(
-        cls, label_maps: Sequence[np.ndarray], spacings_mm: Sequence[Sequence[float]]
+        cls,
+        label_maps: Iterable[np.ndarray],
+        shapes: Sequence[Sequence[int]],
+        spacings_mm: Sequence[Sequence[float]],
+        num_labels: int,
     ) -> ShapePrior:
         """Takes the vote of `label_maps`.
 
@@ -35,17 +39,16 @@ class ShapePrior:
         the smaller label.
 
         Args:
-            label_maps: At least one `(x, y, z)` array of small integers.
+            label_maps: At least one `(x, y, z)` array of integers below `num_labels`; each is
+                let go before the next is taken.
+            shapes: Voxels of each along x, y and z.
             spacings_mm: Voxel size of each.
+            num_labels: How many labels there are, background included.
         """
         spacing = tuple(np.median(np.array(spacings_mm, np.float64), axis=0).tolist())
-        extents_mm = [
-            np.multiply(label_map.shape, size)
-            for label_map, size in zip(label_maps, spacings_mm, strict=True)
-        ]
+        extents_mm = [np.multiply(*pair) for pair in zip(shapes, spacings_mm, strict=True)]
         # The allowance keeps 10 mm / 0.1 mm at 100 voxels.
         shape = np.ceil(np.max(extents_mm, axis=0) / spacing - 1e-6).astype(int)
-        num_labels = 1 + max(int(label_map.max()) for label_map in label_maps)
         votes = np.zeros((num_labels, *shape), np.uint16)
         for label_map, size in zip(label_maps, spacings_mm, strict=True):
             seen = _resample(label_map, size, shape, spacing)

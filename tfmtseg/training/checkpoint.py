@@ -51,6 +51,7 @@ def write_model(
     model: Segmenter,
     modalities: Sequence[str],
     crop: Sequence[int],
+    spacing_mm: Sequence[float],
     initialized: Sequence[str] = (),
 ) -> None:
     """Writes `model.json`.
@@ -60,12 +61,14 @@ def write_model(
         model: Its arguments are kept.
         modalities: Names of its input channels.
         crop: Patch size.
+        spacing_mm: Median voxel size of the training images.
         initialized: Names of the parts that took weights of an earlier run.
     """
     content = {
         "arguments": model.get_config(),
         "modalities": list(modalities),
         "crop": list(crop),
+        "spacing_mm": list(spacing_mm),
         "initialized": list(initialized),
     }
     write_json(directory / "model.json", content)

@@ -249,6 +249,12 @@ class TrainConfig:
                 f"--contrastive_form={self.contrastive_form}, for two views at different places",
                 "enlarge it",
             ),
+            (  # TensorFlow takes them for patterns when it looks for a checkpoint
+                "model_dir",
+                not {"[", "]"} & set(self.model_dir),
+                "without brackets",
+                "choose another name",
+            ),
             ("seed", 0 <= self.seed < 2**32, "in [0, 2^32)", "choose 0"),
             (
                 "fold",
@@ -258,16 +264,22 @@ class TrainConfig:
             ),
             ("num_folds", self.num_folds != 1, "0, or 2 or more", "choose 5"),
             (
+                "ids_per_subject",
+                self.ids_per_subject == 1 or bool(self.subject_regex),
+                "1 without --subject_regex, which finds the number",
+                r"add such as --subject_regex='(\d+)'",
+            ),
+            (
                 "num_test",
                 not self.num_folds or not self.num_test,
                 f"0 with --num_folds={self.num_folds}, which gives the test cases",
-                "leave it out",
+                "give --num_test=0",
             ),
             (
                 "test_list",
                 not self.num_folds or not self.test_list,
                 f"empty with --num_folds={self.num_folds}, which gives the test cases",
-                "leave it out",
+                "give --test_list=",
             ),
             ("teacher_momentum", 0 <= self.teacher_momentum < 1, "in [0, 1)", "choose 0.99"),
             ("teacher_start", 0 <= self.teacher_start <= 1, "in [0, 1]", "choose 0.33"),
@@ -321,9 +333,9 @@ class TrainConfig:
             ),
             (
                 "train_steps",
-                self.train_steps % self.steps_per_epoch == 0,
+                self.steps_per_epoch < 1 or self.train_steps % self.steps_per_epoch == 0,
                 f"a multiple of steps_per_epoch ({self.steps_per_epoch})",
-                f"choose {_round_up(self.train_steps, self.steps_per_epoch)}, or change "
+                f"choose {_round_up(self.train_steps, max(1, self.steps_per_epoch))}, or change "
                 "--steps_per_epoch",
             ),
             ("crop", min(self.crop) >= 0, "0 or more", "choose such as 96,96,96"),

@@ -5,6 +5,7 @@ A run's folder holds
     config.yaml       all settings, with what was chosen automatically
     model.json        arguments of the model, names of the modalities
     splits/           labeled.txt, unlabeled.txt, development.txt, test.txt
+    data.json         by case, the files of the cache, which are named after their content
     checkpoints/      for going on after a break
     history.csv       losses and scores
     tensorboard/      the same, with pictures
@@ -14,12 +15,13 @@ A run's folder holds
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,8 +37,8 @@ from tfmtseg.data.cases import Case, DataFolder, read_case_list, read_data_folde
 from tfmtseg.data.nifti import Geometry, read_geometry
 from tfmtseg.data.pipeline import WHOLE, Share, batch_cases, held_out_batches, training_batches
 from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
-from tfmtseg.errors import InputError, InputWarning
-from tfmtseg.files import write_json, write_text
+from tfmtseg.errors import InputError, InputErrors, InputWarning
+from tfmtseg.files import lock, write_json, write_text
 from tfmtseg.memory import peak_memory_gb
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.segmenter import Segmenter
@@ -104,19 +106,39 @@ def train(config: TrainConfig) -> dict[str, Any]:
     directory = Path(config.model_dir)
     keras.utils.set_random_seed(config.seed)
     folder = _read_folder(config)
-    regions = folder.regions
-    assert regions is not None  # `_read_folder` has made sure
+    if not config.subject_regex:
+        config = dataclasses.replace(config, subject_regex=folder.subject_regex)
     further = _further_images(config, folder)
     splits = _split(config, folder, further)
-    labelled, unlabelled, development = _records(config, folder, further, splits)
-    config = _resolve(config, _training_geometries(folder, further, splits))
+    records = _records(config, folder, further, splits)
+    geometries = _training_geometries(folder, further, splits)
+    config = _resolve(config, geometries)
     config.check()
+    spacing_mm = _median_spacing(geometries)
+    one = lock(directory, "training run") if writes(strategy) else contextlib.nullcontext()
+    with one:
+        _claim_folder(config, directory, folder, splits, records)
+        return _train(config, code, strategy, folder, splits, records, spacing_mm)
+
+
+def _train(
+    config: TrainConfig,
+    code: str,
+    strategy: tf.distribute.Strategy,
+    folder: DataFolder,
+    splits: Splits,
+    records: tuple[list[Record], list[Record], list[Record]],
+    spacing_mm: Sequence[float],
+) -> dict[str, Any]:
+    """`train`, once the settings are complete, the data ready and the folder this run's."""
+    directory = Path(config.model_dir)
     result_file = directory / "result.json"
-    _claim_folder(config, directory, folder, splits)
     if result_file.exists():
         print(f"{directory} holds this run, finished; nothing to do.")
         return json.loads(result_file.read_text(encoding="utf-8"))
 
+    regions = folder.regions
+    assert regions is not None  # `_read_folder` has made sure
     goes_on = latest_checkpoint(directory / "checkpoints") is not None
     with strategy.scope():
         model = make_model(config, regions)
@@ -126,6 +148,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             initialized = _read_description(directory)["initialized"]
         elif config.init_checkpoint:
             initialized = initialize(model, config.init_checkpoint, folder.modalities)
+            _check_origin(config, splits)
             print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}, nothing else")
         model.compile(make_optimizer(config))
         # Building the optimizer first spares a second tracing of the training step.
@@ -134,14 +157,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
     first_step = checkpoints.restore()
     if writes(strategy):
         splits.write(directory / "splits")
-        write_model(directory, model, folder.modalities, config.crop, initialized)
+        write_json(directory / "data.json", _files(records))
+        write_model(directory, model, folder.modalities, config.crop, spacing_mm, initialized)
         write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step, strategy.num_replicas_in_sync)
 
     try:
-        seconds, cpu_seconds = _fit(
-            config, strategy, model, labelled, unlabelled, development, checkpoints, first_step
-        )
+        seconds, cpu_seconds = _fit(config, strategy, model, *records, checkpoints, first_step)
     except LOST as error:
         if several_workers(strategy):
             raise WorkerLost(error.message) from error
@@ -158,6 +180,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         "initialized": initialized,
         "num_labeled": num_labeled,
         "num_unlabeled": num_unlabeled if config.uses_unlabelled else 0,
+        "num_test": len(splits.test),
         "train_steps": config.train_steps,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
@@ -192,17 +215,24 @@ def _further_images(config: TrainConfig, folder: DataFolder) -> tuple[Case, ...]
     """Cases of `unlabeled_dir`, whose labels, should it have any, are not used."""
     if not config.unlabeled_dir:
         return ()
-    further = read_data_folder(config.unlabeled_dir, config.allow_root)
+    further = read_data_folder(config.unlabeled_dir, config.allow_root, images_only=True)
     further.check_modalities(folder.modalities, folder.root)
-    cases = further.cases
     known = {case.name for case in folder.cases}
-    twice = [case.name for case in cases if case.name in known]
+    twice = [case.name for case in further.cases if case.name in known]
     if twice:
-        raise InputError(
-            config.unlabeled_dir, f"case {twice[0]}", f"in {folder.root} too", "in one of them",
-            "rename or remove it",
+        raise InputErrors(
+            InputError(
+                config.unlabeled_dir, f"case {name}", f"in {folder.root} too", "in one of them",
+                "rename or remove it",
+            )
+            for name in twice
         )  # fmt: skip
-    return tuple(case.without_label() for case in cases)
+    return further.cases
+
+
+def _subject(config: TrainConfig) -> Callable[[str], str]:
+    """Gives the subject of a case by its name."""
+    return partial(subject_of, regex=config.subject_regex, ids_per_subject=config.ids_per_subject)
 
 
 def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> Splits:
@@ -215,9 +245,7 @@ def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> 
     return make_splits(
         [case.name for case in folder.cases if case.label is not None],
         [case.name for case in (*folder.cases, *further) if case.label is None],
-        subject=partial(
-            subject_of, regex=config.subject_regex, ids_per_subject=config.ids_per_subject
-        ),
+        subject=_subject(config),
         groups=groups,
         count_subjects=config.count_subjects,
         num_labeled=config.num_labeled,
@@ -229,6 +257,7 @@ def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> 
         seed=config.seed,
         labeled_list=listed(config.labeled_list),
         test_list=listed(config.test_list),
+        needs_labels=config.mode == "train",
     )
 
 
@@ -255,12 +284,13 @@ def _records(
         Path(config.cache_dir or Path(config.model_dir) / "cache"),
         num_modalities=len(folder.modalities),
         labels=folder.labels,
+        foreground_labels=set().union(*folder.regions.members) if folder.regions else (),
     )
     labelled = records[: len(splits.labeled)]
     development = records[len(labelled) :][: len(splits.development)]
     unlabelled = records[len(labelled) + len(development) :]
     if config.uses_unlabelled:
-        unlabelled += [dataclasses.replace(record, labelled=False) for record in labelled]
+        unlabelled += [record.without_label() for record in labelled]
     if config.mode == "pretrain":
         labelled = []
     return labelled, unlabelled, development
@@ -280,7 +310,7 @@ def _training_geometries(
 
 def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig:
     """Fills in what is left to us: precision; strides, crop and cubes, from medians of the data."""
-    spacing_mm = np.median([geometry.spacing_mm for geometry in geometries], axis=0).tolist()
+    spacing_mm = _median_spacing(geometries)
     median = np.median([geometry.ras_shape for geometry in geometries], axis=0).tolist()
     strides = config.strides
     if not config.has_strides:
@@ -296,13 +326,30 @@ def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig
     )
 
 
+def _median_spacing(geometries: Sequence[Geometry]) -> list[float]:
+    return np.median([geometry.spacing_mm for geometry in geometries], axis=0).tolist()
+
+
 def _known(sizes: Factors, otherwise: Sequence[float]) -> Factors:
     """`sizes` where they are given, not 0."""
     x, y, z = (size or int(other) for size, other in zip(sizes, otherwise, strict=True))
     return x, y, z
 
 
-def _claim_folder(config: TrainConfig, directory: Path, folder: DataFolder, splits: Splits) -> None:
+def _files(records: tuple[list[Record], list[Record], list[Record]]) -> dict[str, list[str]]:
+    """Of every case, the arrays that are trained on or watched; their names tell the content."""
+    labelled, unlabelled, development = records
+    every = (*unlabelled, *labelled, *development)  # with the label, where there is one
+    return {record.name: sorted(record.files.values()) for record in every}
+
+
+def _claim_folder(
+    config: TrainConfig,
+    directory: Path,
+    folder: DataFolder,
+    splits: Splits,
+    records: tuple[list[Record], list[Record], list[Record]],
+) -> None:
     """Refuses a folder that holds a run with other settings, or with other data."""
     path = directory / "config.yaml"
     if not path.exists():
@@ -339,6 +386,58 @@ def _claim_folder(config: TrainConfig, directory: Path, folder: DataFolder, spli
                 "as the data folders and lists of cases give it now",
                 "choose another --model_dir, or bring back the data and lists of this run",
             )  # fmt: skip
+    data_file = directory / "data.json"
+    files_before = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else {}
+    files = _files(records)
+    for case, before_files in files_before.items():
+        if files[case] != before_files:
+            raise InputError(
+                data_file, f"case {case}", ", ".join(before_files),
+                f"{', '.join(files[case])}, as made of the data now",
+                "choose another --model_dir, or bring back the files of this run",
+            )  # fmt: skip
+
+
+def _check_origin(config: TrainConfig, splits: Splits) -> None:
+    """Makes sure that the run of the first weights has not learned what is held out here.
+
+    Cases are the same if their subjects' names are, as they are within one data folder.
+
+    Raises:
+        InputError: If it learned labels of development or test cases.
+
+    Warns:
+        InputWarning: If it saw their images, or names of another data folder agree.
+    """
+    directory = Path(config.init_checkpoint)
+    source = TrainConfig.from_mapping(
+        read_settings(directory / "config.yaml"), str(directory / "config.yaml")
+    )
+    used = Splits.read(directory / "splits")
+    subject = _subject(config)
+    held_out = {subject(name): name for name in (*splits.development, *splits.test)}
+    labels = used.labeled if source.mode == "train" else ()
+    learned, seen = (
+        sorted({held_out[who] for who in map(subject, names) if who in held_out})
+        for names in (labels, (*used.labeled, *used.unlabeled))
+    )
+    same_data = Path(source.data_dir).resolve() == Path(config.data_dir).resolve()
+    if learned and same_data:
+        raise InputError(
+            "--init_checkpoint", f"case {learned[0]}",
+            f"one whose subject's labels {directory} was trained on",
+            "held out there too, as it is a development or test case here",
+            "start from a run with the same development and test cases",
+        )  # fmt: skip
+    if seen:
+        warnings.warn(
+            f"{directory}: was trained on images of {len(seen)} development or test cases of "
+            f"this run, such as {seen[0]}"
+            + ("" if same_data else ", should these be the same and not only in name")
+            + "; scores may flatter.",
+            InputWarning,
+            stacklevel=2,
+        )
 
 
 def _read_description(directory: Path) -> dict[str, Any]:
@@ -506,6 +605,8 @@ class Run:
         directory: Its folder.
         config: Its settings.
         modalities: Names of the model's input channels.
+        spacing_mm: Median voxel size of its training images; `None` if an earlier version
+            trained it.
         splits: Who was trained on, watched and kept for the test.
         model: With the final weights.
     """
@@ -513,6 +614,7 @@ class Run:
     directory: Path
     config: TrainConfig
     modalities: tuple[str, ...]
+    spacing_mm: tuple[float, ...] | None
     splits: Splits
     model: Segmenter
 
@@ -566,4 +668,12 @@ def load_run(model_dir: str | os.PathLike[str], segments: bool = True) -> Run:
         )  # fmt: skip
     path = directory / "config.yaml"
     config = TrainConfig.from_mapping(read_settings(path), str(path))
-    return Run(directory, config, modalities, Splits.read(directory / "splits"), model)
+    spacing_mm = _read_description(directory).get("spacing_mm")
+    return Run(
+        directory,
+        config,
+        modalities,
+        tuple(spacing_mm) if spacing_mm else None,
+        Splits.read(directory / "splits"),
+        model,
+    )

@@ -30,9 +30,9 @@ class WorkerLost(Exception):
 def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     """The strategy that `config` asks for. Comes before all other use of TensorFlow.
 
-    `auto` is several workers where `TF_CONFIG` names a cluster, else all GPUs where there
-    are several, else one device. Without a GPU, replicas share the processor: no faster
-    than one, but the same steps as on as many GPUs.
+    `auto` is several workers where `TF_CONFIG` names a cluster, else as many replicas as are
+    asked for, else all GPUs where there are several, else one device. Without a GPU,
+    replicas share the processor: no faster than one, but the same steps as on as many GPUs.
 
     Raises:
         InputError: If there are fewer devices than replicas, or the patches of a step
@@ -41,7 +41,7 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     gpus = tf.config.list_physical_devices("GPU")
     name = config.strategy
     if name == "auto":
-        name = "mirrored" if len(gpus) > 1 else "one_device"
+        name = "mirrored" if (config.num_replicas or len(gpus)) > 1 else "one_device"
         if _cluster():
             name = "multi_worker"
     if name == "one_device":
