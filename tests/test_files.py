@@ -156,14 +156,14 @@ def test_a_killed_process_leaves_no_folder(tmp_path):
 
 
 def test_a_name_as_long_as_a_name_can_be(tmp_path):
-    path = tmp_path / ("x" * 248 + ".nii.gz")
-    with atomic_path(path) as temporary:
-        assert temporary.name.endswith(".nii.gz")
-        temporary.write_text("whole")
-    assert path.read_text() == "whole"
+    for name in ("x" * 248 + ".nii.gz", "a." + "x" * 249 + ".npy"):
+        with atomic_path(tmp_path / name) as temporary:
+            assert temporary.name.endswith(name[-4:])
+            temporary.write_text("whole")
+        assert (tmp_path / name).read_text() == "whole"
 
 
-def test_a_lock_keeps_another_process_off(tmp_path, monkeypatch):
+def test_a_lock_keeps_another_process_off(tmp_path):
     program = (
         "import sys; from tfmtseg import files\n"
         "files._PATIENCE_SECONDS = 0\n"

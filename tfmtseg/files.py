@@ -37,9 +37,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Its end alone: the whole name might be as long as a name can be.
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=".tmp-", suffix="".join(path.suffixes[-2:])
-    )
+    end = ".nii.gz" if path.name.endswith(".nii.gz") else path.suffix
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".tmp-", suffix=end)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -93,7 +92,7 @@ def lock(directory: str | os.PathLike[str], what: str) -> Iterator[int]:
 
     Args:
         directory: The folder, created when missing.
-        what: It holds, for the message.
+        what: What the folder holds, for the message.
 
     Yields:
         The open file, which a child process may inherit and then holds too.

@@ -222,8 +222,11 @@ def test_runs_are_checked_before_the_first_is_evaluated(make_run, monkeypatch):
 def test_a_tolerance_that_is_no_length(make_run, value):
     with pytest.raises(InputError, match="--surface_tolerance_mm: value is"):
         evaluate(make_run(), surface_tolerance_mm=value)
+
+
+def test_a_memory_that_is_no_number(make_run):
     with pytest.raises(InputError, match=r"--max_memory_gb: value is nan"):
-        evaluate(make_run("other"), max_memory_gb=float("nan"))
+        evaluate(make_run(), max_memory_gb=float("nan"))
 
 
 def spoil(data: Path, *names: str) -> None:
@@ -241,7 +244,8 @@ def test_all_bad_voxels_are_told_at_once_and_old_scores_go(make_run, data):
     spoil(data, "exact", "half")
     with pytest.raises(InputErrors, match="2 problems"):
         evaluate(directory)
-    assert not (directory / "evaluation/test/summary.json").exists()
+    left = {path.name for path in (directory / "evaluation/test").iterdir()}
+    assert left == {"predictions"}
 
 
 def test_bad_voxels_keep_no_other_case_from_its_label_map(make_run, data, tmp_path):
@@ -402,6 +406,17 @@ def test_all_files_of_a_case_share_its_space(tmp_path):
 def test_predict_never_writes_over_annotations(make_run, data):
     with pytest.raises(InputError, match="labelsTr: output folder is a folder of annotations"):
         predict_folder(make_run(), data / "imagesTr", data / "labelsTr")
+    store = data.parent / "store"
+    (data / "labelsTr").rename(store)
+    for linked in ("folder", "files"):
+        if linked == "folder":
+            (data / "labelsTr").symlink_to(store)
+        else:
+            (data / "labelsTr").unlink()
+            (data / "labelsTr").mkdir()
+            (data / "labelsTr/half.nii.gz").symlink_to(store / "half.nii.gz")
+        with pytest.raises(InputError, match="a folder that links among the images lead to"):
+            predict_folder("model", data, store, allow_root=store)
     (data / "taken").write_text("")
     with pytest.raises(InputError, match="taken: output folder is a file"):
         predict_folder(make_run("other"), data / "imagesTr", data / "taken")

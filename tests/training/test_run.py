@@ -199,6 +199,8 @@ def test_first_weights_have_not_learned_the_test_cases(opened, phantoms, tmp_pat
     elsewhere = dataclasses.replace(config, data_dir=str(tmp_path))
     with pytest.warns(InputWarning, match="images of 2 development or test cases .* only in name"):
         run_module._check_origin(elsewhere, swapped)
+    named = dataclasses.replace(config, subject_regex=r"OTHER_(\d+)")  # as of other data
+    run_module._check_origin(named, Splits(("OTHER_1",), (), (), ("OTHER_2",)))
     seen = dataclasses.replace(splits, unlabeled=(), test=splits.unlabeled)
     with pytest.warns(InputWarning, match="images of 3 development or test cases"):
         run_module._check_origin(config, seen)

@@ -620,7 +620,9 @@ _BRATS_MODALITIES = ("FLAIR", "T1w", "T1Gd", "T2w")  # names and order of the De
 _BRATS_FORMS = (
     _BratsForm("_", ("flair", "t1", "t1ce", "t2"), "brats_124", (0, 1, 2, 4)),  # 2017 to 2021
     # 2023, whose names end in the number of the scan of a patient: BraTS-GLI-00000-000.
-    _BratsForm("-", ("t2f", "t1n", "t1c", "t2w"), "brats_123", (0, 1, 2, 3), r"^(.+?)(?:-\d{3})?$"),
+    _BratsForm(
+        "-", ("t2f", "t1n", "t1c", "t2w"), "brats_123", (0, 1, 2, 3), r"^(.+-\d+(?=-\d{3}$)|.+)"
+    ),
 )
 
 
@@ -628,27 +630,27 @@ def _scan_brats(
     root: _Root, regions: Regions | None, images_only: bool
 ) -> tuple[DataFolder | None, list[InputError]] | None:
     """A folder per case, perhaps in folders by grade; `None` if there is no such case."""
-    errors: list[InputError] = []
-
-    def folders_of(parent: Path) -> list[Path]:
-        inner = [path for path in sorted(parent.iterdir()) if path.is_dir()]
-        errors.extend(
-            _link_outside(root.path, str(path.relative_to(root.path)))
-            for path in inner
-            if not root.holds(path)
-        )
-        return [path for path in inner if root.holds(path)]
-
-    inner = folders_of(root.path)
-    inner += [path for outer in inner for path in folders_of(outer)]
+    inner = [path for path in root.path.iterdir() if path.is_dir()]
+    inner += [path for outer in filter(root.holds, inner) for path in outer.iterdir()]
+    folders = sorted(path for path in inner if path.is_dir())
+    outside = [path for path in folders if not root.holds(path)]
+    inner = [path for path in folders if root.holds(path)]
     by_form = {
         form: [path for path in inner if any(form.find(path, end) for end in form.endings)]
         for form in _BRATS_FORMS
     }
     found = [form for form, folders in by_form.items() if folders]
     if not found:
-        return (None, errors) if errors else None
+        links = [_link_outside(root.path, str(path.relative_to(root.path))) for path in outside]
+        return (None, links) if links and not inner else None
+    for path in outside:
+        warnings.warn(
+            f"{path}: leads out of the data folder and is left out; --allow_root takes it in.",
+            InputWarning,
+            stacklevel=2,
+        )
     form, folders = found[0], by_form[found[0]]
+    errors: list[InputError] = []
     if len(found) > 1:
         errors.append(
             InputError(
@@ -677,17 +679,15 @@ def _scan_brats(
         images = {ending: form.find(folder, ending) for ending in form.endings}
         label = None if images_only else form.find(folder, "seg")
         missing = [ending for ending, path in images.items() if path is None]
-        if label is None and not missing and not images_only:
-            known = set(images.values())
+        if label is None and not images_only:
             errors += [
                 InputError(
-                    path, "file", "neither modality nor label by its name",
-                    f"{folder.name}{form.separator}seg{''.join(path.suffixes[-2:])}, if it is "
-                    "the label",
-                    "rename it, or take it away",
+                    path, "name", "that of a label but for its beginning",
+                    f"{folder.name}{form.separator}seg{path.name.removeprefix(_stem(path))}",
+                    "rename the file, or take it away",
                 )
                 for path in _list_images(folder)
-                if path not in known
+                if "seg" in path.name.removeprefix(folder.name).casefold()
             ]  # fmt: skip
         files, refused = _usable(root, filter(None, (*images.values(), label)))
         errors += refused

@@ -275,7 +275,7 @@ def read_geometry(
         image: The file which that is of, for the message.
 
     Raises:
-        InputError: If the header cannot be used.
+        InputError: If the header cannot be used, or tells of other channels or places.
     """
     with _open(path) as stream:
         header = _read_header(path, stream)

@@ -224,7 +224,8 @@ def make_splits(
         units = [[name] for name in order]
     if (needs_labels and not units) or num_labeled > len(units):
         raise InputError(
-            "--num_labeled", "value", num_labeled or "all", f"at most {len(units)}, and above 0",
+            "--num_labeled", "value", num_labeled or "all",
+            f"at most {len(units)}" + ", and above 0" * needs_labels,
             f"ask for fewer labelled, development or test cases, or add some (there are "
             f"{len(labelled)} with a label)",
         )  # fmt: skip

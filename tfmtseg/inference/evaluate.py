@@ -81,7 +81,8 @@ def evaluate(
     check_flips([run], flips)
     directory = _directory(run, split)
     prior = _fit_shape_prior(run, labelled, geometries)
-    (directory / "summary.json").unlink(missing_ok=True)
+    for name in ("summary.json", "metrics.csv", "shape_prior.csv", "report.html"):
+        (directory / name).unlink(missing_ok=True)
     start = time.perf_counter()
     scores: list[CaseScores] = []
     prior_scores: list[CaseScores] = []

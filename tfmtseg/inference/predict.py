@@ -98,7 +98,9 @@ def predict_folder(
 
 def _keep_off(folder: DataFolder, output_dir: Path) -> None:
     """Refuses to write where files of `folder` are, be it by links, or a data set's labels."""
-    files = [path for case in (*folder.cases, *folder.test_cases) for path in case.files]
+    files = {path for case in (*folder.cases, *folder.test_cases) for path in case.files}
+    for pattern in ("*/*.nii*", "*/*/*.nii*"):  # the labels too, which nobody has read
+        files.update(folder.root.glob(pattern))
     output = output_dir.resolve()
     if output.exists() and not output.is_dir():
         where = "a file"
@@ -106,7 +108,7 @@ def _keep_off(folder: DataFolder, output_dir: Path) -> None:
         where = "in the folder of images"
     elif output in {path.resolve().parent for path in files}:
         where = "a folder that links among the images lead to"
-    elif output.name.startswith("labels") and (output.parent / "dataset.json").exists():
+    elif output.name in ("labelsTr", "labelsTs") and (output.parent / "dataset.json").exists():
         where = "a folder of annotations"
     else:
         return

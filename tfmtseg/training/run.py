@@ -110,13 +110,13 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config = dataclasses.replace(config, subject_regex=folder.subject_regex)
     further = _further_images(config, folder)
     splits = _split(config, folder, further)
-    records = _records(config, folder, further, splits)
-    geometries = _training_geometries(folder, further, splits)
-    config = _resolve(config, geometries)
-    config.check()
-    spacing_mm = _median_spacing(geometries)
-    one = lock(directory, "training run") if writes(strategy) else contextlib.nullcontext()
-    with one:
+    alone = lock(directory, "training run") if writes(strategy) else contextlib.nullcontext()
+    with alone:
+        records = _records(config, folder, further, splits)
+        geometries = _training_geometries(folder, further, splits)
+        config = _resolve(config, geometries)
+        config.check()
+        spacing_mm = _median_spacing(geometries)
         _claim_folder(config, directory, folder, splits, records)
         return _train(config, code, strategy, folder, splits, records, spacing_mm)
 
@@ -414,12 +414,19 @@ def _check_origin(config: TrainConfig, splits: Splits) -> None:
         read_settings(directory / "config.yaml"), str(directory / "config.yaml")
     )
     used = Splits.read(directory / "splits")
-    subject = _subject(config)
+
+    def subject(name: str) -> str:
+        try:
+            return _subject(config)(name)
+        except InputError:  # the names of other data may be of another kind
+            return name
+
     held_out = {subject(name): name for name in (*splits.development, *splits.test)}
     labels = used.labeled if source.mode == "train" else ()
+    images = (*used.labeled, *used.unlabeled) if source.uses_unlabelled else used.labeled
     learned, seen = (
         sorted({held_out[who] for who in map(subject, names) if who in held_out})
-        for names in (labels, (*used.labeled, *used.unlabeled))
+        for names in (labels, images)
     )
     same_data = Path(source.data_dir).resolve() == Path(config.data_dir).resolve()
     if learned and same_data:
