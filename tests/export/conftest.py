@@ -53,7 +53,7 @@ def write_run(directory: Path, config: TrainConfig, regions: Regions, modalities
     logits = model(random.normal(size=(1, 16, 16, 16, len(modalities))).astype(np.float32))
     kernel, bias = model.head.get_weights()
     model.head.set_weights([kernel, bias - np.mean(logits, axis=(0, 1, 2, 3))])
-    write_model(directory, model, modalities, config.crop, (1, 1, 1))
+    write_model(directory, model, modalities, config.crop, (2, 1, 3))
     write_weights(directory, model)
     write_text(directory / "config.yaml", config.to_yaml())
     Splits((), (), (), ()).write(directory / "splits")
