@@ -52,7 +52,8 @@ def shared_data() -> Path:
 def repository_copy(tmp_path) -> Path:
     """A copy of the repository, with the probe among the native ops, to build in."""
     root = Path(__file__).resolve().parents[1]
-    ignored = [line.rstrip("/") for line in (root / ".gitignore").read_text().splitlines()]
+    # By their last part alone, which is all that `ignore_patterns` looks at.
+    ignored = [Path(line).name for line in (root / ".gitignore").read_text().splitlines()]
     copy = tmp_path / "repository"
     shutil.copytree(root, copy, ignore=shutil.ignore_patterns(".git", *ignored))
     shutil.copytree(root / "tests" / "ops" / "probe", copy / "cuda_ops", dirs_exist_ok=True)

@@ -30,6 +30,11 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
 def test_a_wheel_from_the_sdist(repository_copy, tmp_path):
     backend = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     before = {path for path in repository_copy.rglob("*") if path.is_file()}
+    experiment = repository_copy / "docs/results/label-efficiency/acdc"
+    voxels = [experiment / "cache/a.image.npy", experiment / "runs/encdec/n3_seed0/log.txt"]
+    for path in voxels:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     run(sys.executable, "-c", backend, tmp_path, cwd=repository_copy)
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -39,6 +44,7 @@ def test_a_wheel_from_the_sdist(repository_copy, tmp_path):
         path for path in before if not (unpacked / path.relative_to(repository_copy)).exists()
     ]
     assert missing == []
+    assert not [p for p in voxels if (unpacked / p.relative_to(repository_copy)).exists()]
 
     run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ".", cwd=unpacked)
     (wheel,) = tmp_path.glob("*.whl")
