@@ -35,7 +35,8 @@ _COMPARISON = flags.DEFINE_string(
 
 def _evaluate() -> None:
     split = _SPLIT.value
-    check_runs(_MODEL_DIR.value)
+    if len(_MODEL_DIR.value) != 1:  # a single one is read in a moment
+        check_runs(_MODEL_DIR.value)
     for model_dir in _MODEL_DIR.value:
         summary = evaluate(
             model_dir, split, _MAX_MEMORY_GB.value, _FLIPS.value, _SURFACE_TOLERANCE_MM.value

@@ -732,9 +732,11 @@ def _scan_nnunet(
         return DataFolder(root.path, "", modalities, regions, labels, ())
     images = _group_modalities(root, description, "imagesTr", suffix, len(modalities))
     label_maps: dict[str, Path] = {}
+    unpaired: set[str] = set()
     if not images_only:
         label_maps = _files_by_stem(root, description, "labelsTr", suffix)
-    for name in () if images_only else sorted(set(images) ^ set(label_maps)):
+        unpaired = set(images) ^ set(label_maps)
+    for name in sorted(unpaired):
         here, there = ("imagesTr", "labelsTr") if name in images else ("labelsTr", "imagesTr")
         description.problem(
             f"case {name}", f"in {here} only", f"in {there} too",
@@ -748,7 +750,7 @@ def _scan_nnunet(
     cases = [
         Case(name, files, label_maps.get(name))
         for name, files in images.items()
-        if files and (images_only or name in label_maps)
+        if files and name not in unpaired
     ]
     if not images:
         description.problem("imagesTr", "without images", "a folder with images", "add images")

@@ -77,9 +77,9 @@ def predict_folder(
     geometries = check_headers(cases, len(runs[0].modalities))
     batch_size = windows_per_call(runs, geometries, max_memory_gb)
     check_flips(runs, flips)
+    spacings_mm = {path: geometry.spacing_mm for path, geometry in geometries.items()}
     for run in runs:
         if run.spacing_mm:
-            spacings_mm = {path: geometry.spacing_mm for path, geometry in geometries.items()}
             warn_about_spacing(spacings_mm, run.spacing_mm, f"that {run.directory} was trained on")
     written: list[Path] = []
     errors: list[InputError] = []
