@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Each makes the
-# virtual environment it needs; only Python 3.10 to 3.13 and make have to be there.
+# virtual environment it needs. Python 3.10 to 3.13 with its venv (package python3-venv on Debian)
+# and make have to be there, and for `make test` g++, which the demo does without.
 
 # The first Python on the path whose version lies between the two given ones.
 find_python = $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \

@@ -9,7 +9,7 @@
 namespace tfmtseg {
 
 // Runs body(begin, end) over parts of [0, total), perhaps side by side. `cost` is about
-// the number of arithmetic operations of one unit.
+// the number of arithmetic operations of one unit. Throws what `body` throws.
 using ParallelFor = std::function<void(int64_t total, int64_t cost,
                                        const std::function<void(int64_t, int64_t)>& body)>;
 

@@ -42,7 +42,9 @@ struct InfoNceResult {
 };
 
 // Never holds the n x m matrix: about 8 MB of it at most, or 48 rows where these are more, and
-// two copies of the keys. The same bits at any number of threads. Throws std::bad_alloc.
+// two copies of the keys. By label, each positive pair among these rows takes 16 bytes more, up to
+// four times the rows themselves where all labels are one, and twice that as std::vector grows.
+// The same bits at any number of threads. Throws std::bad_alloc.
 void InfoNceCpu(const InfoNceProblem& problem, const ParallelFor& parallel_for,
                 const Allocate& allocate, const InfoNceResult& result);
 

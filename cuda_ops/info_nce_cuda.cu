@@ -2,6 +2,7 @@
 #include "info_nce_cuda.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <limits>
 
 #include "info_nce_rows.cuh"
@@ -13,6 +14,10 @@ namespace tfmtseg {
 namespace {
 
 constexpr int64_t kWidestTensorCoreRow = 256;
+
+// Tensor cores are fed by copies of 16 bytes.
+bool IsAligned(const void* rows) { return reinterpret_cast<uintptr_t>(rows) % 16 == 0; }
+
 bool IsValid(const InfoNceArguments& arguments) {
   constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max() - 64;
   return arguments.n >= 0 && arguments.n <= kMostRows && arguments.m >= 0 &&
@@ -24,7 +29,7 @@ bool IsValid(const InfoNceArguments& arguments) {
 // How one engine works on one problem.
 struct Plan {
   Engine engine;
-  bool packs;         // rows have to be copied into another type or width
+  bool packs;         // rows have to be copied into another type, width or alignment
   int width;          // of a row as the engine reads it, and of a row of outputs
   size_t row_bytes;   // as the engine reads it
   int query_tiles_per_split;
@@ -68,7 +73,8 @@ Plan MakePlan(const InfoNceArguments& arguments, Engine engine, bool with_gradie
     const bool split = engine == Engine::kSplit;
     plan.width = arguments.d <= 64 ? 64 : arguments.d <= 128 ? 128 : 256;
     plan.row_bytes = plan.width * 2 * (split ? 2 : 1);
-    plan.packs = split || arguments.type == DataType::kFloat32 || arguments.d != plan.width;
+    plan.packs = split || arguments.type == DataType::kFloat32 || arguments.d != plan.width ||
+                 !IsAligned(arguments.queries) || !IsAligned(arguments.keys);
     streamed_tile =
         split ? TensorCoreTile<true, 64>::kStreamed : TensorCoreTile<false, 64>::kStreamed;
   }

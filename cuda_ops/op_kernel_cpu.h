@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <new>
 #include <type_traits>
@@ -20,7 +21,8 @@
 namespace tfmtseg {
 
 // Threads take the next part when they are done with one: parts dealt out beforehand, as Shard
-// does it, leave threads waiting at the end of each of an op's few steps.
+// does it, leave threads waiting at the end of each of an op's few steps. What `body` throws ends
+// the work and is thrown again by the calling thread: one of TensorFlow's would end the process.
 inline ParallelFor ParallelForOf(tensorflow::OpKernelContext* context) {
   return [context](int64_t total, int64_t cost,
                    const std::function<void(int64_t, int64_t)>& body) {
@@ -30,13 +32,20 @@ inline ParallelFor ParallelForOf(tensorflow::OpKernelContext* context) {
     const int64_t parts = (total + part - 1) / part;
     const int64_t takers = std::min<int64_t>(threads.num_threads, parts);
     std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    std::exception_ptr failure;  // the first
     const auto take = [&](int64_t, int64_t) {
-      for (int64_t i = next++; i < parts; i = next++) {
-        body(i * part, std::min(total, (i + 1) * part));
+      try {
+        for (int64_t i = next++; i < parts && !failed; i = next++) {
+          body(i * part, std::min(total, (i + 1) * part));
+        }
+      } catch (...) {
+        if (!failed.exchange(true)) failure = std::current_exception();
       }
     };
     constexpr int64_t kLarge = int64_t{1} << 40;  // so that each taker is scheduled by itself
     tensorflow::Shard(threads.num_threads, threads.workers, takers, kLarge, take);
+    if (failure) std::rethrow_exception(failure);
   };
 }
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +50,31 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("needs the real data sets in ../shared/data, which are not here")
     return SHARED / "data"
+
+
+def _through_json(values: Any) -> Any:
+    return json.loads(json.dumps(values, default=float))  # Keras 2 has numbers of NumPy
+
+
+def _survives_config(kind: type, **values: Any) -> Any:
+    parameters = list(inspect.signature(kind.__init__).parameters.values())[1:]
+    defaults = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    assert set(values) == set(defaults), "each argument needs a value"
+    assert [name for name in values if values[name] == defaults[name]] == []
+    again = kind.from_config(_through_json(kind(**values).get_config()))
+    config = again.get_config()
+    assert _through_json({name: config[name] for name in values}) == _through_json(values)
+    return again
+
+
+@pytest.fixture(scope="session")
+def survives_config() -> Callable[..., Any]:
+    """Checks that a configuration holds every argument of a layer, model or optimizer.
+
+    A comparison of `get_config` with itself would not miss what it leaves out. Takes the class
+    and a value for each argument, none of them the default; returns what was made again.
+    """
+    return _survives_config
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,38 @@ def test_a_library_that_is_loaded_is_described():
     version, git = compat.tensorflow_build()
     assert find("native ops").value == f"for TensorFlow {version} ({git}), loaded"
     assert find("instructions").value in build.ISA_FLAGS
+
+
+def test_an_instruction_set_that_was_chosen(monkeypatch):
+    monkeypatch.setenv("TFMTSEG_INSTRUCTION_SET", "generic")
+    flags = {"generic": (), "avx2": ()}  # every processor has them
+    monkeypatch.setattr(build, "ISA_FLAGS", flags)
+    expected = "generic, by TFMTSEG_INSTRUCTION_SET; avx2 is here"
+    assert doctor._instruction_set("x86_64") == expected
+    monkeypatch.setenv("TFMTSEG_INSTRUCTION_SET", "sse9")
+    found = find("native ops")
+    assert found.problem == "TFMTSEG_INSTRUCTION_SET is sse9, must be one of generic, avx2"
+    assert "unset it" in found.fix
+
+
+@pytest.mark.parametrize(
+    ("record", "gpus", "problem"),
+    [
+        ({"architectures": (80,), "nvcc": "release 13.0"}, [80], "driver runs CUDA 12 at most"),
+        ({"architectures": (80,), "nvcc": "release 12.4"}, [80], ""),
+        ({"architectures": (80,), "nvcc": "release 12.4"}, [75], "no kernels for a GPU"),
+        ({"architectures": (), "nvcc": ""}, [80], "no kernels for a GPU"),
+        ({"architectures": (), "nvcc": ""}, [], ""),
+    ],
+)
+def test_a_gpu_that_the_ops_leave_idle(monkeypatch, record, gpus, problem):
+    record = replace(library.record(), **record)
+    monkeypatch.setattr(library, "record", lambda: record)
+    monkeypatch.setattr(library, "_driver_cuda", lambda: 12)
+    monkeypatch.setattr(build, "visible_architectures", lambda: gpus)
+    found = find("CUDA")
+    assert problem in found.problem
+    assert bool(found.problem) == bool(found.fix) == bool(problem)
 
 
 def test_nothing_is_built(not_loaded, monkeypatch, tmp_path):
@@ -139,9 +172,10 @@ def test_addons_that_cannot_be_imported(monkeypatch, tmp_path):
 def test_gpus(monkeypatch):
     """Two of them, and neither nvcc nor kernels of ours."""
     device = namedtuple("device", "name")("GPU:0")
-    monkeypatch.setattr(
-        "tensorflow.config.list_physical_devices", lambda kind: [device] * (kind == "GPU")
-    )
+    for function in ("list_physical_devices", "get_visible_devices"):
+        monkeypatch.setattr(
+            f"tensorflow.config.{function}", lambda kind: [device] * (kind == "GPU")
+        )
     details = {"device_name": "A card", "compute_capability": (8, 6)}
     monkeypatch.setattr("tensorflow.config.experimental.get_device_details", lambda device: details)
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
@@ -171,17 +205,28 @@ def test_exit_status(monkeypatch, capsys):
     assert "PROBLEM: it broke." in capsys.readouterr().out
 
 
-def test_without_tensorflow():
+@pytest.mark.parametrize(
+    ("illness", "told"),
+    [
+        ("sys.modules['tensorflow'] = None", "ModuleNotFoundError ("),
+        # As of a protobuf that does not fit, or of NumPy 2 with a TensorFlow for NumPy 1.
+        ("sys.modules['tensorflow'] = Broken('tensorflow')", "TypeError (Descriptors cannot be"),
+    ],
+)
+def test_without_tensorflow(illness, told):
     """What makes the doctor needed most must not stop it."""
     done = subprocess.run(
         [sys.executable, "-c", f"""
-import runpy, sys
-sys.modules["tensorflow"] = None
+import runpy, sys, types
+class Broken(types.ModuleType):
+    def __getattr__(self, name):
+        raise TypeError("Descriptors cannot be created directly.")
+{illness}
 sys.argv = ["doctor"]
 runpy.run_path({str(TOOL)!r}, run_name="__main__")
 """],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     assert done.returncode == 1
-    assert "import of tfmtseg fails" in done.stderr
+    assert f"import of tfmtseg is {told}" in done.stderr
     assert "Fix:" in done.stderr

@@ -14,6 +14,14 @@ import pytest
 
 from tfmtseg.files import atomic_folder, atomic_path, lock, write_json, write_text
 
+ROOT = Path(__file__).resolve().parents[1]
+# The package without what it imports: TensorFlow takes seconds, and this module has no use for it.
+BARE_PACKAGE = (
+    "import sys, types\n"
+    f"package = types.ModuleType('tfmtseg'); package.__path__ = [{str(ROOT / 'tfmtseg')!r}]\n"
+    "sys.modules['tfmtseg'] = package\n"
+)
+
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
@@ -143,8 +151,8 @@ def test_a_folder_is_on_the_disk_before_the_move(tmp_path, monkeypatch):
 
 def test_a_killed_process_leaves_no_folder(tmp_path):
     """What it leaves has a name that no server takes for a version."""
-    program = (
-        "import os, sys; from tfmtseg.files import atomic_folder\n"
+    program = BARE_PACKAGE + (
+        "import os; from tfmtseg.files import atomic_folder\n"
         "with atomic_folder(sys.argv[1]) as folder:\n"
         "    (folder / 'saved_model.pb').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), 9)"
@@ -164,8 +172,8 @@ def test_a_name_as_long_as_a_name_can_be(tmp_path):
 
 
 def test_a_lock_keeps_another_process_off(tmp_path):
-    program = (
-        "import sys; from tfmtseg import files\n"
+    program = BARE_PACKAGE + (
+        "from tfmtseg import files\n"
         "files._PATIENCE_SECONDS = 0\n"
         "with files.lock(sys.argv[1], 'training run'): pass"
     )

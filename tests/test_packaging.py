@@ -1,16 +1,18 @@
-"""What is shipped builds its native op library without the repository."""
+"""What is shipped is whole, has its commands, and builds its native ops without the repository."""
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[1]
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet")
 
 
@@ -24,6 +26,21 @@ def run(*command: object, cwd: Path, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def test_every_command_has_its_function():
+    _, _, section = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]\n")
+    section, _, _ = section.partition("\n[")
+    assert len(section.splitlines()) >= 8
+    for line in section.splitlines():
+        found = re.fullmatch(r'tfmtseg-([a-z-]+) = "tfmtseg\.tools\.(\w+):(\w+)"', line)
+        assert found, line
+        command, module, function = found.groups()
+        assert module == command.replace("-", "_")
+        tree = ast.parse((ROOT / "tools" / f"{module}.py").read_text())
+        defined = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert function in defined, line
+        assert not defined[function].args.args, "a command calls it without arguments"
 
 
 @pytest.mark.slow
@@ -49,12 +66,19 @@ def test_a_wheel_from_the_sdist(repository_copy, tmp_path):
     run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, ".", cwd=unpacked)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        shipped = {Path(name).name for name in archive.namelist() if "/cuda_ops/" in name}
-    assert shipped == {path.name for path in (repository_copy / "cuda_ops").iterdir()}
-
     target = tmp_path / "installed"
     run(*PIP, "install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    for folder in ("configs", "cuda_ops", "tools"):
+        shipped, there = (
+            {path.name: path.read_bytes() for path in (root / folder).iterdir() if path.is_file()}
+            for root in (target / "tfmtseg", repository_copy)
+        )
+        assert shipped == there
+
+    # The probe alone: all ops take a minute, and tests/ops builds them.
+    for path in (target / "tfmtseg" / "cuda_ops").iterdir():
+        if not path.name.startswith("probe_"):
+            path.unlink()
     code = (
         "from tfmtseg.ops import build, library\n"
         "print(build.source_dir(), *library.load().tfmtseg_probe([3.0]).twice.numpy())\n"

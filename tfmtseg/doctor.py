@@ -128,6 +128,7 @@ def _compilers() -> Iterator[Finding]:
 
 def _native_ops() -> Iterator[Finding]:
     try:
+        library.highest_instruction_set()
         if not library.is_built():
             yield Finding("native ops", "not built yet; the first use builds them, in a minute")
             return
@@ -141,26 +142,26 @@ def _native_ops() -> Iterator[Finding]:
         "native ops", f"for TensorFlow {record.tensorflow} ({record.tensorflow_git}), loaded"
     )
     yield Finding("  instructions", _instruction_set(record.machine))
-    gpus = build.visible_architectures()
-    served = build.serves(record.architectures, gpus)
     yield Finding(
         "  CUDA",
         ", ".join(f"sm_{each}" for each in record.architectures) or "no",
-        "" if served else f"none for a GPU here ({', '.join(f'sm_{each}' for each in gpus)})",
-        "run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
-        f"sm_{build.OLDEST_ARCHITECTURE} or newer; plain TensorFlow takes their place meanwhile",
+        *library.gpu_problem(record, build.visible_architectures()),
     )
 
 
 def _instruction_set(machine: str) -> str:
-    """The highest of those the ops are compiled for that this processor has."""
+    """The one that runs: this processor's highest, or a lower one that was chosen."""
     if not build.is_x86(machine):
         return "generic"
-    return [
+    here = [
         name
         for name, options in build.ISA_FLAGS.items()
         if {option.removeprefix("-m") for option in options} <= processor_features()
-    ][-1]
+    ]
+    names = list(build.ISA_FLAGS)
+    highest = names.index(library.highest_instruction_set())
+    used = [name for name in here if names.index(name) <= highest][-1]
+    return used if used == here[-1] else f"{used}, by TFMTSEG_INSTRUCTION_SET; {here[-1]} is here"
 
 
 def _memory() -> Iterator[Finding]:

@@ -37,11 +37,15 @@ from tfmtseg.inference.in_graph import (
 from tfmtseg.models.copy_paste import label_map
 from tfmtseg.ops import library
 from tfmtseg.training.checkpoint import whole_or_not
-from tfmtseg.training.run import Run, load_run
+from tfmtseg.training.finished_run import Run, load_run
 from tfmtseg.training.sizes import total_strides
 
 
-def export_model(model_dir: str | os.PathLike[str], output_dir: str | os.PathLike[str]) -> Path:
+def export_model(
+    model_dir: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    precision: str | None = None,
+) -> Path:
     """Writes the model of a run as the next version of a SavedModel.
 
     The version's folder appears at once and whole. Earlier versions stay.
@@ -49,6 +53,8 @@ def export_model(model_dir: str | os.PathLike[str], output_dir: str | os.PathLik
     Args:
         model_dir: Folder of a finished training run.
         output_dir: Folder of all versions; its name is the model's for TensorFlow Serving.
+        precision: What the graph computes in, such as `"float32"` for servers without the
+            training's GPU; by default as in the training.
 
     Returns:
         The folder written.
@@ -57,7 +63,7 @@ def export_model(model_dir: str | os.PathLike[str], output_dir: str | os.PathLik
         InputError: If the run cannot be read, or `output_dir` is no folder.
         OSError: If the files cannot be written, the disk being full, say.
     """
-    run = load_run(model_dir)
+    run = load_run(model_dir, precision=precision)
     output_dir = Path(output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(

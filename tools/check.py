@@ -1,6 +1,6 @@
 """Lists everything that is wrong with a data folder, and changes nothing.
 
-Exit status 0 if the folder can be used, 2 if not.
+Exit status 0 if all of it can be used, 2 if not.
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def _check() -> None:
         f"{_DATA_DIR.value}: {findings.num_cases} cases read, {len(findings.errors)} errors, "
         f"{len(findings.warnings)} warnings."
     )
+    if findings.images_only:
+        print(
+            "There is no dataset.json, so these are images alone: for --unlabeled_dir of train.py "
+            "and --images_dir of predict.py, not for --data_dir."
+        )
     if findings.errors:
         raise InputErrors(findings.errors)
 

@@ -17,7 +17,8 @@ def _demo() -> None:
     print(
         f"\nReport: {report.resolve()}\n\n"
         "The same for your own volumes (see the README for the layout of DATA):\n"
-        "  .venv/bin/python tools/train.py --data_dir=DATA --model_dir=RUN --num_test=2\n"
+        "  .venv/bin/python tools/train.py --data_dir=DATA --model_dir=RUN --method=encdec "
+        "--num_test=2\n"
         "  .venv/bin/python tools/evaluate.py --model_dir=RUN"
     )
 

@@ -8,13 +8,16 @@ from tfmtseg.console import flags_only, report_problems
 from tfmtseg.inference.diagnose import diagnose
 
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where the data folder lies now. Default: where it lay in the training."
+)
 _SPLIT = flags.DEFINE_enum(
     "split", "development", ["test", "development"], "Which cases to measure on."
 )
 
 
 def _diagnose() -> None:
-    result = diagnose(_MODEL_DIR.value, _SPLIT.value)
+    result = diagnose(_MODEL_DIR.value, _SPLIT.value, _DATA_DIR.value)
     for part in ("contrast", "probe"):
         for name, value in result.get(part, {}).items():
             print(f"{part + ' ' + name:28} {value:.4f}")

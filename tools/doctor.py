@@ -12,13 +12,14 @@ from absl import app
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
-        raise app.UsageError(f"Too many arguments: {' '.join(argv[1:])}")
+        raise app.UsageError(f"Too many arguments: {' '.join(argv[1:])}", exitcode=2)
     try:
         from tfmtseg.doctor import examine, table
-    except ImportError as error:  # TensorFlow or Keras is missing or broken
+    except Exception as error:  # TensorFlow or Keras is missing or broken, in whichever way
         print(
-            f"{sys.executable}: import of tfmtseg fails ({error}), must work. Fix: run pip install "
-            "tfmtseg with this Python, or call this with the Python of its environment.",
+            f"{sys.executable}: import of tfmtseg is {type(error).__name__} ({error}), must work. "
+            "Fix: run pip install tfmtseg with this Python, or call this with the Python of its "
+            "environment.",
             file=sys.stderr,
         )
         return 1

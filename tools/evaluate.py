@@ -15,6 +15,9 @@ from tfmtseg.metrics.scores import SURFACE_TOLERANCE_MM
 _MODEL_DIR = flags.DEFINE_list(
     "model_dir", None, "Folder of a training run, or of several.", required=True
 )
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where the data folder lies now. Default: where it lay in the training."
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "development"], "Which cases to score.")
 _MAX_MEMORY_GB = flags.DEFINE_float(
     "max_memory_gb", 0.0, "What the process may take, in GB; 0: what is free.", lower_bound=0.0
@@ -39,7 +42,12 @@ def _evaluate() -> None:
         check_runs(_MODEL_DIR.value)
     for model_dir in _MODEL_DIR.value:
         summary = evaluate(
-            model_dir, split, _MAX_MEMORY_GB.value, _FLIPS.value, _SURFACE_TOLERANCE_MM.value
+            model_dir,
+            split,
+            _MAX_MEMORY_GB.value,
+            _FLIPS.value,
+            _SURFACE_TOLERANCE_MM.value,
+            _DATA_DIR.value,
         )
         _print_means(summary)
         print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")

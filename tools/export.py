@@ -6,15 +6,22 @@ from absl import app, flags
 
 from tfmtseg.console import flags_only, report_problems
 from tfmtseg.export import export_model
+from tfmtseg.training.precision import PRECISIONS
 
 _MODEL_DIR = flags.DEFINE_string("model_dir", None, "Folder of a training run.", required=True)
 _OUTPUT_DIR = flags.DEFINE_string(
     "output_dir", None, "Folder of the SavedModel's versions; gets the next one.", required=True
 )
+_PRECISION = flags.DEFINE_enum(
+    "precision",
+    None,
+    [name for name in PRECISIONS if name != "auto"],
+    "What the graph computes in. Default: as in the training.",
+)
 
 
 def _export() -> None:
-    print(f"Wrote {export_model(_MODEL_DIR.value, _OUTPUT_DIR.value)}")
+    print(f"Wrote {export_model(_MODEL_DIR.value, _OUTPUT_DIR.value, _PRECISION.value)}")
 
 
 def main(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ after a break, or with further arms, numbers or seeds to add to the experiment.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from absl import app, flags
 from tfmtseg.console import flags_only, report_problems
 from tfmtseg.experiment.estimate import describe_plan
 from tfmtseg.experiment.plan import (
+    FEW,
+    KNOWN_ARMS,
+    SHAPE_PRIOR,
     Experiment,
     open_experiment,
     parse_arms,
@@ -36,7 +40,11 @@ _CONFIG_FILE = flags.DEFINE_string(
 _SET = flags.DEFINE_multi_string(
     "set", [], "NAME=VALUE, a setting of tools/train.py for all runs; may be repeated."
 )
-_ARMS = flags.DEFINE_list("arms", ["shape_prior", "encdec", "sscpcseg"], "Arms.")
+_ARMS = flags.DEFINE_list(
+    "arms",
+    [SHAPE_PRIOR, "encdec", "sscpcseg"],
+    f"Arms: methods, NAME=METHOD:SETTING=VALUE:..., or {', '.join(KNOWN_ARMS)}.",
+)
 _NUM_LABELED = flags.DEFINE_list(
     "num_labeled", ["3", "6", "all"], "Numbers of labelled cases, or all."
 )
@@ -46,7 +54,11 @@ _PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at work side by side.", lo
 _THREADS = flags.DEFINE_integer(
     "threads", 1, "Threads of each run; 0 leaves it to TensorFlow.", lower_bound=0
 )
-_FEW = flags.DEFINE_list("few", ["3", "6"], "Numbers of labelled cases that the claims are about.")
+_FEW = flags.DEFINE_list(
+    "few",
+    None,
+    f"Numbers of labelled cases that the claims are about. Default: as before, at first {FEW}.",
+)
 _PLAN = flags.DEFINE_bool("plan", False, "Only print the runs, with estimates of time and memory.")
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Only write the report again.")
 
@@ -55,9 +67,13 @@ SOME_RUN_FAILED = 1  # exit status
 
 def _label_efficiency() -> int:
     directory = Path(_OUTPUT_DIR.value)
-    few = parse_counts(_FEW.value)
+    few = parse_counts(_FEW.value) if _FEW.value else []
     if _REPORT_ONLY.value:
-        _report(Experiment.read(directory), few)
+        experiment = Experiment.read(directory)
+        if few:
+            experiment = dataclasses.replace(experiment, few=tuple(few))
+            experiment.write()
+        _report(experiment)
         return 0
     changes = list(_SET.value)
     if _TRAIN_STEPS.value is not None:
@@ -66,7 +82,7 @@ def _label_efficiency() -> int:
         _DATA_DIR.value, _CONFIG_FILE.value, parse_settings(changes, "--set")
     )
     arms = parse_arms(_ARMS.value)
-    experiment = open_experiment(directory, _DATA_DIR.value, settings, arms, _THREADS.value)
+    experiment = open_experiment(directory, _DATA_DIR.value, settings, arms, _THREADS.value, few)
     runs = plan_runs(experiment, arms, parse_counts(_NUM_LABELED.value), parse_seeds(_SEEDS.value))
     print(describe_plan(experiment, runs, Results.read(experiment.results), _PARALLEL.value))
     if _PLAN.value:
@@ -75,12 +91,12 @@ def _label_efficiency() -> int:
         experiment, runs, parallel=_PARALLEL.value, tools=Path(__file__).resolve().parent
     )
     if len(failed) < len(runs):
-        _report(experiment, few)
+        _report(experiment)
     return SOME_RUN_FAILED if failed else 0
 
 
-def _report(experiment: Experiment, few: list[int]) -> None:
-    write_report(experiment, few)
+def _report(experiment: Experiment) -> None:
+    write_report(experiment, experiment.few)
     print(f"Report: {experiment.results / 'report.md'}")
 
 

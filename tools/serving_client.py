@@ -5,13 +5,15 @@
 
 The model is one of `tfmtseg-export`. gRPC sends the voxels as they lie in memory, and is
 meant for volumes. `--protocol=rest` sends numbers as text, two to five times as many bytes,
-and needs nothing but Python's own library; its port is mostly 8501.
+and needs nothing but Python's own library. TensorFlow Serving's port for gRPC is 8500, that for
+REST 8501: `--server` is the one on this machine unless given.
 
 gRPC needs the package tensorflow-serving-api (`pip install '.[serving]'` in a checkout).
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -20,12 +22,17 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
+from tfmtseg import compat
 from tfmtseg.console import flags_only, report_problems
 from tfmtseg.data.nifti import read_image, write_label_map
 from tfmtseg.errors import InputError
 
-_SERVER = flags.DEFINE_string("server", "localhost:8500", "HOST:PORT of the server.")
-_PROTOCOL = flags.DEFINE_enum("protocol", "grpc", ["grpc", "rest"], "What the port speaks.")
+PORTS = {"grpc": 8500, "rest": 8501}  # of TensorFlow Serving
+
+_SERVER = flags.DEFINE_string(
+    "server", None, f"HOST:PORT of the server; by default localhost and the port of {PORTS}."
+)
+_PROTOCOL = flags.DEFINE_enum("protocol", "grpc", list(PORTS), "What the port speaks.")
 _MODEL = flags.DEFINE_string("model", None, "The model's name on the server.", required=True)
 _IMAGE = flags.DEFINE_list("image", None, "One file, or one per modality.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "The label map to write.", required=True)
@@ -56,7 +63,8 @@ def predict_grpc(server: str, model: str, voxels: np.ndarray, timeout_s: float) 
     except ImportError as error:
         raise InputError(
             "--protocol", "value", f"grpc without its packages ({error})", "one that works here",
-            "pip install '.[serving]' in a checkout, or use --protocol=rest with the REST port",
+            f"pip install 'tensorflow-serving-api<={compat.versions()['tensorflow']}', as this "
+            "TensorFlow, or use --protocol=rest with the REST port",
         ) from None  # fmt: skip
     import tensorflow as tf
 
@@ -85,11 +93,20 @@ def predict_rest(server: str, model: str, voxels: np.ndarray, timeout_s: float) 
             return np.array(json.load(response)["outputs"]["labels"], np.uint8)
     except urllib.error.HTTPError as error:
         with error:
-            raise _no_answer(server, f"{error.code} ({error.read().decode()})") from None
-    except OSError as error:
-        raise _no_answer(server, str(error)) from None
+            raise _no_answer(server, f"{error.code} ({_reason(error)})") from None
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error).split())  # may be what the server said
+        raise _no_answer(server, f"none ({type(error).__name__}: {reason})") from None
     except (ValueError, KeyError, TypeError) as error:
         raise _no_answer(server, f"something else ({type(error).__name__}: {error})") from None
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What came with a refusal."""
+    try:
+        return error.read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as broken:
+        return f"{error.reason}, and {type(broken).__name__}"
 
 
 def _no_answer(server: str, found: str) -> InputError:
@@ -102,9 +119,10 @@ def _no_answer(server: str, found: str) -> InputError:
 def _predict() -> None:
     volume = read_image([Path(path) for path in _IMAGE.value])
     predict = predict_grpc if _PROTOCOL.value == "grpc" else predict_rest
-    labels = predict(_SERVER.value, _MODEL.value, volume.voxels, _TIMEOUT_S.value)
+    server = _SERVER.value or f"localhost:{PORTS[_PROTOCOL.value]}"
+    labels = predict(server, _MODEL.value, volume.voxels, _TIMEOUT_S.value)
     if labels.shape != volume.geometry.ras_shape:
-        raise _no_answer(_SERVER.value, f"of the shape {labels.shape}")
+        raise _no_answer(server, f"of the shape {labels.shape}")
     write_label_map(Path(_OUTPUT.value), labels, volume.geometry)
     print(f"Wrote {_OUTPUT.value}")
 

@@ -9,15 +9,20 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
-from tfmtseg.console import flags_only, report_problems
+from tfmtseg.console import BAD_SYSTEM, flags_only, report_problems
 from tfmtseg.data.cases import peek_data_folder
+from tfmtseg.training.checkpoint import latest_checkpoint
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings
 from tfmtseg.training.run import train
 from tfmtseg.training.strategy import WorkerLost
+
+_LOST = "TFMTSEG_WORKER_LOST"  # environment: how often in a row, and after which checkpoint
+_MOST_STARTS = 5
 
 _CONFIG_FILE = flags.DEFINE_string("config_file", None, "YAML file of settings, by flag names.")
 
@@ -59,15 +64,34 @@ def _read_config() -> TrainConfig:
     return TrainConfig.from_mapping({**settings, **chosen}, "flags")
 
 
-def _train() -> None:
+def _start_again(config: TrainConfig, error: WorkerLost) -> int:
+    """Begins anew in this process's place, unless that has not helped; returns BAD_SYSTEM then.
+
+    TensorFlow cannot take a worker back into a running cluster: all begin again, and wait for
+    each other at the start.
+    """
+    reason = str(error).splitlines()[0]
+    checkpoint = str(latest_checkpoint(Path(config.model_dir) / "checkpoints"))
+    times, _, before = os.environ.get(_LOST, "").partition(" ")
+    count = int(times) + 1 if before == checkpoint else 1
+    if count > _MOST_STARTS:
+        print(
+            f"A worker was lost {count} times without a new checkpoint, giving up: {reason}. "
+            "Look at what the others wrote last, then start all of them again.",
+            file=sys.stderr,
+        )
+        return BAD_SYSTEM
+    print(f"A worker was lost, starting again: {reason}", flush=True)
+    os.environ[_LOST] = f"{count} {checkpoint}"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _train() -> int:
     config = _read_config()
     try:
         result = train(config)
     except WorkerLost as error:
-        # TensorFlow cannot take a worker back into a running cluster: all begin again, and
-        # wait for each other at the start.
-        print(f"A worker was lost, starting again: {str(error).splitlines()[0]}", flush=True)
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        return _start_again(config, error)
     if config.mode == "pretrain":
         further = f"train.py --init_checkpoint={config.model_dir}"
     elif result.get("num_test"):
@@ -75,6 +99,7 @@ def _train() -> None:
     else:
         further = f"predict.py --model_dir={config.model_dir}"
     print(f"Trained in {result['seconds']:.0f} s. Next: python tools/{further}")
+    return 0
 
 
 def main(argv: list[str]) -> int:

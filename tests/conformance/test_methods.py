@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +13,21 @@ import tensorflow as tf
 
 from tfmtseg import Regions, Segmenter
 from tfmtseg.compat import keras
+from tfmtseg.models import segmenter
+from tfmtseg.models.blocks import Convolution
 from tfmtseg.models.methods import METHODS
 
 CROP = (8, 8, 16)
 NESTED = Regions.parse("brats_124")
 EXCLUSIVE = Regions.exclusive(["a", "b", "c"])
 
-# Every method, and the contrast between classes, which learns by other rules.
+# Methods that differ in their data alone are one network, of which the last stands for all, see
+# test_methods_of_one_network_are_one_model.
+NETWORKS = {replace(method, uses_unlabelled=False): name for name, method in METHODS.items()}
+
+# Every network, and the contrast between classes, which learns by other rules.
 CASES = {
-    **{name: {"method": name} for name in METHODS},
+    **{name: {"method": name} for name in NETWORKS.values()},
     "sscpcseg classes": {"method": "sscpcseg", "contrastive_form": "classes"},
     "bcpcpcseg classes": {"method": "bcpcpcseg", "contrastive_form": "classes"},
     "sscpcseg dense": {"method": "sscpcseg", "contrastive_form": "dense"},
@@ -34,7 +43,8 @@ FEED_THE_HEAD = ("boundary",)
 def make(case: str, regions: Regions = NESTED, width: int = 8, **options) -> Segmenter:
     keras.utils.set_random_seed(3)
     options = {"cube_size": 8, "predictor_blocks": 1, "seed": 4, **options}
-    model = Segmenter(regions=regions, width=width, **options, **CASES[case])
+    case = CASES.get(case, {"method": case})
+    model = Segmenter(regions=regions, width=width, **options, **case)
     model.build((None, *CROP, 2))
     return model
 
@@ -91,11 +101,41 @@ def moved(before: dict, after: dict) -> set[str]:
     }
 
 
+TWINS = [name for name in METHODS if name not in NETWORKS.values()]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_methods_of_one_network_are_one_model(name, monkeypatch):
+    """The model does not even look which cases its method uses."""
+    twin = NETWORKS[replace(METHODS[name], uses_unlabelled=False)]
+    seen = {key: value for key, value in asdict(METHODS[name]).items() if key != "uses_unlabelled"}
+    seen["can_pretrain"] = METHODS[name].can_pretrain
+    monkeypatch.setitem(segmenter.METHODS, name, SimpleNamespace(**seen))
+    shown, configs = [], []
+    for method in (name, twin):
+        model = make(method)
+        model.compile(optimizer=keras.optimizers.SGD(0.1))
+        shown.append({key: float(x) for key, x in model.train_step(batch([1, 0])).items()})
+        configs.append({**model.get_config(), "method": None, "name": None})
+    assert configs[0] == configs[1]
+    assert shown[0] == pytest.approx(shown[1], rel=1e-5)  # threads may sum in another order
+
+
+def adds_up(model: Segmenter, logs: dict[str, float]) -> bool:
+    """Whether the loss is the sum of its terms."""
+    total = logs["seg_loss"] + logs.get("mix_loss", 0.0)
+    if model.branch is not None:
+        total += model.branch_weight * logs[f"{model.branch.prefix}_loss"]
+    return logs["loss"] == pytest.approx(total, rel=1e-5)
+
+
 @pytest.mark.parametrize("labeled", [[1, 1], [1, 0], [0, 0]], ids=["labelled", "mixed", "none"])
 def test_an_update_moves_what_it_should(model, labeled):
+    model.optimizer.iterations.assign(2)  # from then on, a teacher labels
     before = parts(model)
     logs = {name: float(value) for name, value in model.train_step(batch(labeled)).items()}
     assert all(np.isfinite(value) for value in logs.values())
+    assert adds_up(model, logs)
     expected = set(before)
     if not any(labeled):
         assert logs["seg_loss"] == 0
@@ -104,15 +144,14 @@ def test_an_update_moves_what_it_should(model, labeled):
         if learns and model.branch.decodes:
             expected.add("decoder")
         assert (logs["loss"] > 0) == learns
+        if not learns:  # no accuracy and no chance of nothing
+            assert {logs[name] for name in logs if not name.startswith("dice_")} == {0}
     assert moved(before, parts(model)) == expected
 
 
 def test_losses_add_up(model):
     logs = {name: float(value) for name, value in model.test_step(batch([1, 0])).items()}
-    total = logs["seg_loss"] + logs.get("mix_loss", 0.0)
-    if model.branch is not None:
-        total += model.branch_weight * logs[f"{model.branch.prefix}_loss"]
-    assert logs["loss"] == pytest.approx(total, rel=1e-5)
+    assert adds_up(model, logs)
 
 
 def test_inference_knows_of_no_branch_but_where_it_feeds_the_head(model):
@@ -132,7 +171,8 @@ def test_config_and_weights_survive_files(model, tmp_path):
     keras.utils.set_random_seed(99)  # other initial weights
     again = Segmenter.from_config(config)
     assert again.get_config() == model.get_config()
-    again.build((None, *CROP, 2))
+    sized = METHODS[model.method].branch == "vae"  # its dense layers have to know
+    again.build((None, *(CROP if sized else (None,) * 3), 2))
     images = batch([1])[0]
     assert np.abs(again(images) - model(images)).max() > 1e-3
     model.save_weights(tmp_path / "model.weights.h5")
@@ -203,14 +243,37 @@ def policy(request):
     keras.mixed_precision.set_global_policy("float32")
 
 
+@functools.cache  # for both policies
+def losses_in_float32(case: str) -> dict[str, float]:
+    model = make(case, dtype="float32")
+    model.compile(keras.optimizers.SGD(0.1))
+    model.optimizer.iterations.assign(2)
+    return {name: float(x) for name, x in model._forward(batch([1, 0]), training=True)[1].items()}
+
+
+def whole(model: Segmenter) -> list[Convolution]:
+    """Convolutions whose results stay float32: logits and what is redrawn of the images."""
+    owners = [model, *(part for part in (model.teacher, model.branch) if part is not None)]
+    last = [model.branch.last] if METHODS[model.method].branch == "vae" else []
+    return [owner.head for owner in owners if hasattr(owner, "head")] + last
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_mixed_precision(case, policy):
     model = make(case, **policy)
+    exact = set(map(id, whole(model)))
+    layers = [layer for layer in model._flatten_layers() if isinstance(layer, Convolution)]
+    # 23 of the encoder, 9 of the decoder, the head; a teacher has the same.
+    assert len(layers) >= 33 * (1 if model.teacher is None else 2)
+    for layer in layers:
+        assert layer.compute_dtype == ("float32" if id(layer) in exact else "bfloat16"), layer.name
     model.compile(keras.optimizers.SGD(0.1))
     model.optimizer.iterations.assign(2)  # from then on, a teacher labels
     _, shown, *_ = model._forward(batch([1, 0]), training=True)
     for name, value in shown.items():
         assert value.dtype == tf.float32, name
         assert np.isfinite(value), name
+        if name.endswith("loss"):  # features of 8 bits: the losses are alike
+            assert float(value) == pytest.approx(losses_in_float32(case)[name], rel=0.1, abs=0.05)
     assert model(batch([1])[0]).dtype == tf.float32
     assert {tf.as_dtype(weight.dtype) for weight in model.trainable_weights} == {tf.float32}

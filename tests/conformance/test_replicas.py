@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,6 +14,8 @@ from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import _overflow_of_any
 
 CROP = (16, 16, 16)
+# Methods that differ in their data alone are one network, see test_methods.py.
+NETWORKS = tuple({replace(m, uses_unlabelled=False): name for name, m in METHODS.items()}.values())
 FORMS = ("paper", "dense", "dense_across", "classes")
 UPDATES = 5  # made before: the teacher labels, and follows by less than the whole
 
@@ -82,11 +86,11 @@ def mirrored():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-@pytest.fixture(scope="module", params=[*METHODS, *FORMS])
+@pytest.fixture(scope="module", params=[*NETWORKS, *FORMS])
 def pair(request, mirrored) -> tuple[Trainee, Trainee]:
     name = request.param
     arguments = {"method": "sscpcseg", "contrastive_form": name}
-    if name in METHODS:
+    if name in NETWORKS:
         arguments = {"method": name}
     return tuple(Trainee(s, **arguments) for s in (tf.distribute.get_strategy(), mirrored))
 
@@ -98,10 +102,13 @@ def compare(pair, labeled, shares, training=True):
     expected = one.step([[part[order] for part in data]], training)
     parts = [[part[np.array(rows, int)] for part in data] for rows in shares]
     state, shown = two.step(parts, training)
-    # Float32 sums in another order.
-    largest = max(np.abs(value).max() for value in expected[0])
+    # The teacher's weights and scales of 1 are no gradients.
+    largest = max(np.abs(value).max() for value in expected[0][: len(one.model.trainable_weights)])
     for ours, theirs in zip(state, expected[0], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(largest, 1e-3))
+        # Float32 sums in another order: measured, 2.5e-6 of a variable's largest entry; but 1e-7
+        # of the largest of all where a gradient is mathematically 0, a bias before GroupNorm.
+        atol = max(5e-5 * np.abs(theirs).max(), 1e-6 * max(largest, 1e-3))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol)
     assert shown == pytest.approx(expected[1], rel=1e-5, abs=1e-6)
     assert training is False or not any(labeled) or largest > 1e-3
 
@@ -120,6 +127,7 @@ def everything(request, mirrored) -> tuple[Trainee, Trainee]:
     return tuple(Trainee(strategy, **arguments) for strategy in strategies)
 
 
+@pytest.mark.parametrize("everything", ["classes"], indirect=True)  # "repaired" is above
 def test_mixed_volumes(everything):
     compare(everything, *UNEVEN)
 
@@ -201,7 +209,7 @@ def test_float16_in_fit(mirrored, request):
     request.addfinalizer(lambda: keras.mixed_precision.set_global_policy("float32"))
     with mirrored.scope():
         model = Segmenter(regions=2, method="encdec", width=8)
-        model.build((None, *CROP, 1))
+        model.build((None, 8, 8, 8, 1))
         optimizer = keras.mixed_precision.LossScaleOptimizer(
             keras.optimizers.SGD(0.1), initial_scale=2.0**24
         )
@@ -209,7 +217,9 @@ def test_float16_in_fit(mirrored, request):
         optimizer.build(model.trainable_variables)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
-    dataset = tf.data.Dataset.from_tensor_slices(volumes([1, 1, 1, 1])).batch(4)
+    images, labels, labeled = volumes([1, 1, 1, 1])
+    small = images[:, :8, :8, :8], labels[:, :8, :8, :8], labeled  # float16 is slow on processors
+    dataset = tf.data.Dataset.from_tensor_slices(small).batch(4)
     dataset = dataset.with_options(options).repeat()
 
     def weights() -> list[np.ndarray]:

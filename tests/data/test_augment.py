@@ -290,6 +290,15 @@ def test_blur_never_exceeds_its_strength(volume):
             assert np.std((volume - result)[inner]) <= 1.001 * np.std((volume - strongest)[inner])
 
 
+def test_blur_probability(volume):
+    blurred = replace(NO_AUGMENTATION, blur_voxels=0.8, blur_probability=0.3)
+    patch = tf.constant(volume[:6, :6, :6])
+    changed = [
+        not np.array_equal(change_intensities(patch, blurred, seed(i)), patch) for i in range(60)
+    ]
+    assert 6 <= sum(changed) <= 32  # 18 expected, standard deviation 3.5
+
+
 SWITCHES = {
     "rotation": {"rotation_degrees": (15.0, 15.0, 15.0)},
     "scale": {"scale": 1.15},

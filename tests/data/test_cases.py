@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tfmtseg.data import cases
-from tfmtseg.data.cases import Case, read_case_list, read_data_folder
+from tfmtseg.data.cases import Case, read_case_list, read_data_folder, scan_data_folder
 from tfmtseg.data.check import check_data_folder
 from tfmtseg.data.splits import subject_of
 from tfmtseg.errors import InputError, InputErrors, InputWarning
@@ -371,6 +371,16 @@ class TestBrats:
         self.case(tmp_path / "a", *self.OLD[:2])
         (tmp_path / "b.nii.gz").touch()
         assert [case.name for case in read_data_folder(tmp_path).cases] == ["b"]
+
+    def test_label_maps_beside_plain_images(self, tmp_path):
+        for name in ("a", "a_seg", "b_0000", "b_0001", "c_seg", "a_mask1"):
+            (tmp_path / f"{name}.nii.gz").touch()
+        with pytest.warns(InputWarning, match=": a_seg looks like the label map of a,") as caught:
+            scan_data_folder(tmp_path)
+        assert len(caught) == 1
+        (tmp_path / "a_seg.nii.gz").rename(tmp_path / "b-label.nii.gz")
+        with pytest.warns(InputWarning, match=": b-label looks like the label map of b,"):
+            scan_data_folder(tmp_path)
 
     def test_folders_elsewhere_are_not_looked_into(self, tmp_path):
         self.case(tmp_path / "elsewhere/a", *self.OLD[:2])

@@ -14,6 +14,7 @@ def test_a_sound_folder(folder):
         folder.case(name)
     findings = check_data_folder(folder.write())
     assert (findings.num_cases, findings.errors, findings.warnings) == (3, (), ())
+    assert not findings.images_only
 
 
 def test_structure_and_files_are_reported_together(folder):
@@ -57,8 +58,10 @@ def test_plain_images_have_as_many_channels_as_each_other(tmp_path):
     random = np.random.default_rng(0)
     for name, shape in (("a", (9, 9, 9)), ("b", (9, 9, 9, 3))):
         nib.save(nib.Nifti1Image(random.normal(size=shape), np.eye(4)), tmp_path / f"{name}.nii")
-    (error,) = check_data_folder(tmp_path).errors
+    findings = check_data_folder(tmp_path)
+    (error,) = findings.errors
     assert "b.nii: number of channels is 3, must be 1" in str(error)
+    assert findings.images_only
 
 
 def test_labels_that_are_not_declared(folder):

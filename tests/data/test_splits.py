@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections import Counter
 from functools import partial
 
@@ -238,7 +239,7 @@ class TestGroupsFile:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            (None, "groups file is unreadable"),
+            (None, "file is unreadable"),
             ("case,disease\nx,DCM\n", "without a value in the column group"),
             ("patient,group\nx,DCM\n", "without a value in the column case"),
             ("case,group\nx,\n", "without a value in the column group"),
@@ -252,6 +253,21 @@ class TestGroupsFile:
             path.write_text(text)
         with pytest.raises(InputError, match=rf"groups\.csv: .*{words}"):
             read_groups(path)
+
+    def test_stays_in_the_data_folder(self, tmp_path):
+        root, outside = tmp_path / "data", tmp_path / "outside.csv"
+        root.mkdir()
+        outside.write_text("case,group\nx,a\n")
+        (root / "link.csv").symlink_to(outside)
+        os.mkfifo(root / "pipe.csv")
+        assert read_groups(outside) == read_groups(root / "link.csv", root, tmp_path)
+        for name, words in (
+            ("link.csv", "is a link to a file outside"),
+            ("../outside.csv", "is a link to a file outside"),
+            ("pipe.csv", "is a folder or a pipe"),
+        ):
+            with pytest.raises(InputError, match=f"file {words}"):
+                read_groups(root / name, root)
 
     def test_real_data(self, shared_data):
         groups = read_groups(shared_data / "Task27_ACDC_2p5mm" / "patients.csv")

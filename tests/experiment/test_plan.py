@@ -10,6 +10,7 @@ import pytest
 from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.data.splits import subject_of
 from tfmtseg.errors import InputError
+from tfmtseg.experiment import estimate
 from tfmtseg.experiment.estimate import Estimates, describe_plan
 from tfmtseg.experiment.plan import (
     Arm,
@@ -188,7 +189,11 @@ def test_estimates_of_the_rule(make_experiment):
     assert estimates.seconds(encdec) == pytest.approx(100 * step + 60 + 2)
     # Two unlabelled patches more, and a second task.
     assert estimates.seconds(sscpcseg) == pytest.approx(100 * 4 * step + 60 + 2)
-    assert estimates.memory_mib(encdec) == pytest.approx(700 + 100 * 4 * 2 * 32**3 * 16 / 2**20)
+    # 0.8 GB, and 38 float32 arrays of every patch; a contrast adds 12 of 27 cubes of 16^3.
+    arrays = 38 * 2 * 32**3
+    assert estimates.memory_mib(encdec) == pytest.approx((8e8 + 4 * 16 * arrays) / 2**20)
+    arrays += 38 * 2 * 32**3 + 12 * 2 * 27 * 16**3
+    assert estimates.memory_mib(sscpcseg) == pytest.approx((8e8 + 4 * 16 * arrays) / 2**20)
     assert estimates.source(encdec) == "rule"
 
 
@@ -205,6 +210,31 @@ def test_estimates_from_finished_runs(make_experiment, make_results):
     encdec = Run(experiment.arms["encdec"], 3, 0)
     scale = 12 / ruled.seconds(encdec)
     assert estimates.seconds(sscpcseg) == pytest.approx(scale * ruled.seconds(sscpcseg))
+
+
+def test_estimates_prefer_runs_of_this_processor(make_experiment, make_results, monkeypatch):
+    experiment = make_experiment("encdec")
+    results = make_results({"encdec": 0.0}, counts=(3,), num_seeds=2)
+    slow = dataclasses.replace(results.runs["encdec", 3, 1], processor="slow", seconds=100.0)
+    results = Results({**results.runs, slow.key: slow}, results.scores)
+    run = Run(experiment.arms["encdec"], 3, 2)
+    for processor, seconds in (("none", 10), ("slow", 100), ("new", 55)):
+        monkeypatch.setattr(estimate, "processor_name", lambda name=processor: name)
+        expected = seconds / 4 * experiment.settings.train_steps + 2
+        assert Estimates(experiment, results).seconds(run) == pytest.approx(expected)
+
+
+def test_few_are_kept(make_experiment):
+    experiment = make_experiment("encdec")
+    assert Experiment.read(experiment.directory).few == (3, 6)
+
+    def again(*few):
+        arms = list(experiment.arms.values())
+        return open_experiment(experiment.directory, "data", experiment.settings, arms, 1, few)
+
+    again(7, 0).write()
+    assert Experiment.read(experiment.directory).few == (7, 0)
+    assert again().few == (7, 0)
 
 
 def test_plan_in_words(make_experiment, make_results):

@@ -15,7 +15,8 @@ from tfmtseg.files import write_json, write_text
 from tfmtseg.regions import Regions
 from tfmtseg.training.checkpoint import write_model, write_weights
 from tfmtseg.training.config import TrainConfig
-from tfmtseg.training.run import Run, load_run, make_model
+from tfmtseg.training.finished_run import Run, load_run
+from tfmtseg.training.run import make_model
 
 BASE = TrainConfig(data_dir="none", width=8, predictor_blocks=1, overlap=0.4)
 # The boundary stream takes part in inference, teacher and contrastive branch do not. Random

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,14 +128,15 @@ def test_labels_of_a_volume_are_those_of_predict(answers, runs):
 
 @pytest.mark.parametrize("model", ["nested", "exclusive"])
 def test_a_model_of_the_users_own_code(runs, tmp_path, model):
-    """`Segmenter.export`, for another size than the model was built with."""
+    """`Segmenter.export`, for other sizes than the model was built with, odd ones too."""
     segmenter = runs[model].model
     segmenter.export(tmp_path / "model")
     assert b"Tfmtseg" not in (tmp_path / "model" / "saved_model.pb").read_bytes()
-    images = np.random.default_rng(0).normal(size=(2, 24, 16, 8, 2)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(2, 21, 16, 7, 2)).astype(np.float32)
     served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
     found = served(images=tf.constant(images))
-    expected = segmenter(images).numpy()
+    padded = np.pad(images, ((0, 0), (0, 3), (0, 0), (0, 1), (0, 0)))
+    expected = segmenter(padded).numpy()[:, :21, :, :7]
     np.testing.assert_allclose(found["logits"], expected, atol=1e-4)
     agree = found["labels"].numpy() == runs[model].regions.label_map(expected)
     assert agree.mean() > 0.99  # where two classes are as likely, either may win
@@ -184,6 +186,24 @@ def test_versions_are_counted_up(runs, without_graphs, tmp_path):
         assert export_model(runs["nested"].directory, tmp_path).name == expected
 
 
+def test_a_run_in_mixed_precision_is_exported_in_any(runs, without_graphs, monkeypatch, tmp_path):
+    """Its weights are float32."""
+    run = runs["nested"]
+    shutil.copytree(run.directory, tmp_path / "run")
+    description = json.loads((tmp_path / "run" / "model.json").read_text())
+    description["arguments"]["dtype"] = "mixed_bfloat16"
+    (tmp_path / "run" / "model.json").write_text(json.dumps(description))
+    exported = []
+    monkeypatch.setattr("tfmtseg.export.served", lambda run: exported.append(run) or (None, {}))
+    for precision in (None, "float32"):
+        export_model(tmp_path / "run", tmp_path / "model", precision)
+    mixed, full = (each.model for each in exported)
+    assert mixed.dtype_policy.name == "mixed_bfloat16"
+    images = np.random.default_rng(0).normal(size=(1, 16, 8, 8, 2)).astype(np.float32)
+    np.testing.assert_array_equal(full(images), run.model(images))
+    assert np.abs(mixed(images) - full(images)).max() > 1e-4
+
+
 def test_a_failed_export_leaves_nothing(runs, without_graphs, monkeypatch, tmp_path):
     def fail(*arguments):
         raise OSError("No space left on device")
@@ -199,16 +219,3 @@ def test_output_that_is_a_file_is_refused(runs, tmp_path):
     (tmp_path / "model").write_text("")
     with pytest.raises(InputError, match="must be a folder"):
         export_model(runs["nested"].directory, tmp_path / "model")
-
-
-def test_the_tool_refuses_what_is_no_run(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable, ROOT / "tools" / "export.py",
-            f"--model_dir={tmp_path}", f"--output_dir={tmp_path / 'out'}",
-        ],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert f"{tmp_path}: training run is missing" in done.stderr
-    assert not (tmp_path / "out").exists()

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import http.server
 import importlib.util
+import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfmtseg.data.nifti import read_image
 from tfmtseg.data.preprocess import normalize
@@ -105,13 +108,10 @@ def test_refusals_are_told(ports, client, protocol):
         predict("127.0.0.1:9", "exclusive", voxels, 60)  # nobody listens there
 
 
-@pytest.mark.parametrize("answer", [b"<html>", b'{"outputs": {}}', b"[]", b'{"outputs": 3}'])
-def test_answers_of_another_server(client, answer):
+def ask_server_that_says(client, answer: bytes) -> None:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
             self.wfile.write(answer)
 
         def log_message(self, *_: object) -> None:
@@ -119,11 +119,53 @@ def test_answers_of_another_server(client, answer):
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.handle_request).start()
-        with pytest.raises(InputError, match="answer is something else"):
-            client.predict_rest(f"127.0.0.1:{server.server_port}", "m", np.ones((2, 2, 2, 1)), 60)
+        client.predict_rest(f"127.0.0.1:{server.server_port}", "m", np.ones((2, 2, 2, 1)), 60)
+
+
+@pytest.mark.parametrize("answer", [b"<html>", b'{"outputs": {}}', b"[]", b'{"outputs": 3}'])
+def test_answers_of_another_server(client, answer):
+    with pytest.raises(InputError, match="answer is something else"):
+        ask_server_that_says(client, b"HTTP/1.0 200 OK\r\n\r\n" + answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "none .BadStatusLine: SSH"),  # another protocol
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", "none .IncompleteRead"),
+        (b"HTTP/1.1 500 No\r\nContent-Length: 100\r\n\r\n{", "500 .No, and IncompleteRead"),
+        (b"HTTP/1.1 404 No\r\n\r\n\xff", "404 .\ufffd"),  # no UTF-8
+    ],
+)
+def test_answers_that_break_off(client, answer, told):
+    with pytest.raises(InputError, match=f"answer is {told}.*, must be a label map"):
+        ask_server_that_says(client, answer)
+
+
+def test_a_port_that_is_no_number(client):
+    with pytest.raises(InputError, match=r"answer is none \(InvalidURL: nonnumeric port"):
+        client.predict_rest("localhost:rest", "m", np.ones((2, 2, 2, 1)), 60)
+
+
+@pytest.mark.parametrize(("protocol", "server"), [("grpc", ":8500"), ("rest", ":8501")])
+def test_the_port_is_that_of_the_protocol(client, images, tmp_path, monkeypatch, protocol, server):
+    asked = []
+
+    def predict(server, model, voxels, timeout_s):
+        asked.append(server)
+        return np.zeros(voxels.shape[:3], np.uint8)
+
+    monkeypatch.setattr(client, f"predict_{protocol}", predict)
+    values = {"_SERVER": None, "_PROTOCOL": protocol, "_MODEL": "m", "_TIMEOUT_S": 1.0}
+    values |= {"_IMAGE": [images / "case.nii.gz"], "_OUTPUT": tmp_path / "labels.nii.gz"}
+    for name, value in values.items():
+        monkeypatch.setattr(client, name, SimpleNamespace(value=value))
+    client._predict()
+    assert asked == [f"localhost{server}"]
 
 
 def test_grpc_without_its_packages(client, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_serving.apis", None)
-    with pytest.raises(InputError, match=r"grpc without its packages .* pip install '\.\[serving"):
+    advice = f"pip install 'tensorflow-serving-api<={tf.__version__}'"
+    with pytest.raises(InputError, match=f"grpc without its packages .* {re.escape(advice)}"):
         client.predict_grpc("127.0.0.1:9", "m", np.ones((2, 2, 2, 1), np.float32), 60)

@@ -16,7 +16,8 @@ from tfmtseg.inference import diagnose as diagnose_module
 from tfmtseg.inference.diagnose import RIDGE, LinearProbe, accuracy_by_place, diagnose
 from tfmtseg.regions import Regions
 from tfmtseg.training.config import TrainConfig
-from tfmtseg.training.run import Run, make_model
+from tfmtseg.training.finished_run import Run
+from tfmtseg.training.run import make_model
 
 
 def test_keys_that_show_their_place_are_found_by_it():
@@ -74,7 +75,7 @@ def test_the_probe_is_scored_case_by_case(monkeypatch):
     """
     names = ["a", "b", "c"]
 
-    def patches(run, records, per_batch):
+    def patches(run, records, per_batch, number):
         for record in [*records, *records[::-1]]:  # each round has its own order
             yield record, np.zeros((1, 1))
 
@@ -94,6 +95,22 @@ def test_the_probe_is_scored_case_by_case(monkeypatch):
     assert found == {"h0": pytest.approx(1 / 3)}
 
 
+def spy(monkeypatch) -> list:
+    """Gets the names of the cases whenever patches are read, and what is made of them."""
+    events = []
+
+    def watch(name: str, event) -> None:
+        whole = getattr(diagnose_module, name)
+        monkeypatch.setattr(
+            diagnose_module, name, lambda *args: events.append(event(*args)) or whole(*args)
+        )
+
+    watch("_patches", lambda run, records, *_: ("read", [r.name for r in records]))
+    watch("accuracy_by_place", lambda *_: "search by place")
+    watch("LinearProbe", lambda *_: "fit")
+    return events
+
+
 @pytest.mark.parametrize("form", ["repaired", "dense", "classes"])
 def test_a_run_is_measured(tmp_path, monkeypatch, form):
     write_phantoms(tmp_path / "data", 4, shape=(20, 20, 20))
@@ -109,8 +126,15 @@ def test_a_run_is_measured(tmp_path, monkeypatch, form):
     model = make_model(config, Regions.parse(config.regions))
     model.build((None, 16, 16, 16, len(folder.modalities)))
     run = Run(tmp_path / "run", config, folder.modalities, (1.0, 1.0, 1.0), splits, model)
-    monkeypatch.setattr(diagnose_module, "load_run", lambda model_dir, segments: run)
+    monkeypatch.setattr(diagnose_module, "load_run", lambda *_, **__: run)
+    monkeypatch.setattr(diagnose_module, "ROUNDS", 1)
+    events = spy(monkeypatch)
     result = diagnose(config.model_dir)
+    # What is fitted sees training cases alone: the search by place all of them, the probe those
+    # with a label. Held-out cases come after the fit.
+    search = [("read", names[:2]), ("read", names[2:]), "search by place"]
+    probe = [("read", names[:1]), *["fit"] * 5, *(("read", [name]) for name in names[2:])]
+    assert events == (probe if form == "classes" else search + probe)
     path = tmp_path / "run" / "diagnosis" / "development.json"
     assert json.loads(path.read_text()) == result
     assert result["cases"] == 2

@@ -22,6 +22,7 @@ from tfmtseg.inference import evaluate as evaluate_module
 from tfmtseg.inference import predict as predict_module
 from tfmtseg.inference.evaluate import check_runs, compare, evaluate, summarize_runs
 from tfmtseg.inference.predict import predict_folder
+from tfmtseg.inference.report import write_report
 from tfmtseg.regions import Regions
 
 SHAPE = (10, 9, 8)
@@ -44,9 +45,7 @@ def write_case(root: Path, name: str, bright: np.ndarray, label: np.ndarray) -> 
         nib.save(nib.Nifti1Image(array, LPS), root / folder / f"{name}.nii.gz")
 
 
-@pytest.fixture
-def data(tmp_path) -> Path:
-    root = tmp_path / "data"
+def write_data(root: Path) -> Path:
     write_case(root, "train", block(3, 7), block(3, 7))
     write_case(root, "exact", block(2, 6), block(2, 6))
     write_case(root, "half", block(2, 4), block(2, 6))  # half of the truth is seen
@@ -65,15 +64,30 @@ def data(tmp_path) -> Path:
 
 
 @pytest.fixture
-def make_run(data, tmp_path, monkeypatch):
-    """Makes finished runs, whose network calls every normalised value above 1 a blob."""
+def data(tmp_path) -> Path:
+    return write_data(tmp_path / "data")
+
+
+def write_run(directory: Path) -> Path:
+    """The files of a finished run."""
+    directory.mkdir()
+    result = {"method": "encdec", "num_labeled": 1, "history_file": "history.csv"}
+    (directory / "result.json").write_text(json.dumps(result))
+    (directory / "history.csv").write_text(
+        "step,loss,seg_loss,dice_blob,val_dice_blob\n1,2.0,1.0,0.1,\n2,1.0,0.5,0.2,0.3\n"
+    )
+    return directory
+
+
+def load_from(data: Path, patch: pytest.MonkeyPatch) -> None:
+    """Has all runs trained on `data`, and call every normalised value above 1 a blob."""
 
     def threshold(batch: np.ndarray) -> np.ndarray:
         assert batch.shape[1:] == (8, 8, 8, 1)
         return np.concatenate([np.zeros_like(batch), batch - 1], axis=-1)
 
-    def load(model_dir: str | Path) -> SimpleNamespace:
-        folder = read_data_folder(data)
+    def load(model_dir: str | Path, data_dir: str | Path | None = None) -> SimpleNamespace:
+        folder = read_data_folder(data_dir or data)
         return SimpleNamespace(
             directory=Path(model_dir),
             config=SimpleNamespace(
@@ -92,25 +106,31 @@ def make_run(data, tmp_path, monkeypatch):
             predict_logits=threshold,
         )
 
-    def make(name: str = "model") -> Path:
-        directory = tmp_path / name
-        directory.mkdir()
-        result = {"method": "encdec", "num_labeled": 1, "history_file": "history.csv"}
-        (directory / "result.json").write_text(json.dumps(result))
-        (directory / "history.csv").write_text(
-            "step,loss,seg_loss,dice_blob,val_dice_blob\n1,2.0,1.0,0.1,\n2,1.0,0.5,0.2,0.3\n"
-        )
-        return directory
-
-    monkeypatch.setattr(evaluate_module, "load_run", load)
-    monkeypatch.setattr(predict_module, "load_run", load)
-    return make
+    patch.setattr(evaluate_module, "load_run", load)
+    patch.setattr(predict_module, "load_run", load)
 
 
-def test_scores(make_run):
+@pytest.fixture
+def make_run(data, tmp_path, monkeypatch):
+    """Makes finished runs. Drawing the page takes most of an evaluation: it is left empty."""
+    load_from(data, monkeypatch)
+    monkeypatch.setattr(evaluate_module, "write_report", lambda path, runs: Path(path).touch())
+    return lambda name="model": write_run(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory) -> tuple[Path, dict]:
+    """A run that was evaluated, with its page, and the summary. Not to be written to."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    with pytest.MonkeyPatch.context() as patch:
+        load_from(write_data(folder / "data"), patch)
+        directory = write_run(folder / "model")
+        return directory, evaluate(directory)
+
+
+def test_scores(evaluated):
     """The blob is 4 voxels of 2 mm long; the second case's prediction is its first half."""
-    directory = make_run()
-    summary = evaluate(directory)
+    directory, summary = evaluated
     assert summary["num_cases"] == 2
     assert summary["mean_dice"] == pytest.approx((1 + 2 / 3) / 2)
     assert summary["columns"]["dice_blob"]["median"] == pytest.approx((1 + 2 / 3) / 2)
@@ -129,15 +149,14 @@ def test_scores(make_run):
     assert [row["empty_prediction_blob"] for row in rows] == ["0", "0"]
 
 
-def test_shape_prior(make_run):
+def test_shape_prior(evaluated):
     """The one labelled blob lies one voxel beside both truths: 3 of 4 slices overlap."""
-    summary = evaluate(make_run())
+    _, summary = evaluated
     assert summary["shape_prior"]["mean_dice"] == pytest.approx(0.75)
 
 
-def test_summary_on_the_disk(make_run):
-    directory = make_run()
-    summary = evaluate(directory)
+def test_summary_on_the_disk(evaluated):
+    directory, summary = evaluated
     assert json.loads((directory / "evaluation/test/summary.json").read_text()) == summary
     assert summary["split"] == "test"
     assert summary["data"] == "data"
@@ -145,29 +164,28 @@ def test_summary_on_the_disk(make_run):
     assert summary["empty_prediction"] == {"blob": 0}
 
 
-def test_label_maps_lie_where_their_images_lie(make_run):
-    directory = make_run()
-    evaluate(directory)
+def test_label_maps_lie_where_their_images_lie(evaluated):
+    directory, _ = evaluated
     written = nib.load(directory / "evaluation/test/predictions/half.nii.gz")
     np.testing.assert_array_equal(written.affine, LPS)
     np.testing.assert_array_equal(np.asarray(written.dataobj), block(2, 4))
     assert written.get_data_dtype() == np.uint8
 
 
-def test_report(make_run):
-    directory = make_run()
-    evaluate(directory)
+def test_report(evaluated):
+    directory, _ = evaluated
     page = (directory / "evaluation/test/report.html").read_text()
     assert "0.833" in page
     assert "half" in page
     assert "Dice score on patches of development cases" in page
 
 
-def test_compare(make_run, tmp_path):
+def test_compare(make_run, tmp_path, monkeypatch):
     """Two runs of one method go by their folders, whose names may be longer than a legend."""
     directories = [make_run(f"{'long-' * 20}{name}") for name in ("first", "second")]
     for directory in directories:
         evaluate(directory)
+    monkeypatch.setattr(evaluate_module, "write_report", write_report)
     compare(directories, tmp_path / "both.html")
     page = (tmp_path / "both.html").read_text()
     assert f"{directories[0]} vs. {directories[1]}" in page
@@ -189,9 +207,10 @@ def test_runs_with_other_tolerances_are_not_compared(make_run, tmp_path):
         summarize_runs(directories)
 
 
-def test_runs_are_not_compared_where_mirrored_images_voted_in_one(make_run, tmp_path):
+def test_runs_are_not_compared_where_mirrored_images_voted_in_one(make_run, tmp_path, monkeypatch):
     directories = [make_run("first"), make_run("second")]
     evaluate(directories[0])
+    monkeypatch.setattr(evaluate_module, "write_report", write_report)
     evaluate(directories[1], flips=True)
     with pytest.raises(InputError, match="test_time_flips is True, must be False, that of"):
         compare(directories, tmp_path / "both.html")
@@ -241,6 +260,7 @@ def spoil(data: Path, *names: str) -> None:
 def test_all_bad_voxels_are_told_at_once_and_old_scores_go(make_run, data):
     directory = make_run()
     evaluate(directory)
+    assert (directory / "evaluation/test/report.html").exists()
     spoil(data, "exact", "half")
     with pytest.raises(InputErrors, match="2 problems"):
         evaluate(directory)

@@ -156,10 +156,11 @@ def test_probabilities_of_nested_regions():
 def test_largest_components(regions, share, shape):
     """Few voxels make many pieces of equal size, more of them long and winding ones."""
     random = np.random.default_rng(0)
+    find = tf.function(in_graph.largest_components)
     for _ in range(3):
         labels = random.choice(sorted(set().union(*regions.members)), shape)
         labels = np.where(random.random(shape) < share, labels, 0).astype(np.int32)
-        found = tf.function(in_graph.largest_components)(tf.constant(labels), regions)
+        found = find(tf.constant(labels), regions)
         np.testing.assert_array_equal(found, regions.largest_components(labels))
 
 

@@ -157,13 +157,6 @@ def test_the_teacher_follows_each_update(model):
         np.testing.assert_allclose(ours, 0.75 * before + 0.25 * target, rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_without_labels_moves_nothing(model):
-    before = values(model.trainable_variables)
-    assert losses(model, batch([0, 0]))["loss"] == 0
-    model.train_step(batch([0, 0]))
-    assert not moved(before, values(model.trainable_variables))
-
-
 def test_evaluation_draws_the_same_masks_each_time(model):
     def evaluate() -> float:
         for metric in model.metrics:

@@ -151,7 +151,8 @@ def test_gradient_is_finite_without_any_foreground():
     assert np.isfinite(tape.gradient(loss, features)).all()
 
 
-def test_config_round_trip():
+def test_config_round_trip(survives_config):
+    survives_config(BoundaryBranch, width=16, regions=BRATS.get_config(), strides=IN_PLANE)
     branch = BoundaryBranch(16, BRATS, IN_PLANE, name="part")
     again = keras.layers.deserialize(keras.layers.serialize(branch))
     assert isinstance(again, BoundaryBranch)

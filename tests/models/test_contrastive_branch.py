@@ -317,6 +317,13 @@ def test_unknown_form():
         ContrastiveBranch(8, 4, "papr")
 
 
+def test_config_has_every_argument(survives_config):
+    survives_config(
+        ContrastiveBranch, channels=16, cube_size=(16, 8, 5), form="paper", blocks=3,
+        negatives="batch", remat=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cube_size", [8, (16, 8, 5)])
 def test_config_round_trip(form, cube_size):

@@ -163,8 +163,9 @@ def test_width_must_fit_the_groups():
         Encoder(12).build((None, None, None, None, 1))
 
 
-@pytest.mark.parametrize("kind", [Encoder, Decoder])
-def test_config_round_trip(kind):
+@pytest.mark.parametrize(("kind", "values"), [(Encoder, {"dropout": 0.5}), (Decoder, {})])
+def test_config_round_trip(kind, values, survives_config):
+    survives_config(kind, width=16, strides=IN_PLANE, remat=True, **values)
     layer = kind(16, strides=IN_PLANE, name="part")
     again = keras.layers.deserialize(keras.layers.serialize(layer))
     assert isinstance(again, kind)

@@ -192,7 +192,8 @@ def test_a_few_steps_redraw_a_volume():
     assert np.mean(errors[-10:]) < 0.5
 
 
-def test_config_round_trip():
+def test_config_round_trip(survives_config):
+    survives_config(VAEBranch, width=16, strides=IN_PLANE)
     branch = VAEBranch(16, IN_PLANE, name="part")
     again = keras.layers.deserialize(keras.layers.serialize(branch))
     assert isinstance(again, VAEBranch)

@@ -11,7 +11,6 @@ from tfmtseg.ops.seed import Seed
 def test_intensities():
     images = tf.random.stateless_normal((40, 8, 8, 8, 2), [0, 1])
     changed = another_view(images, Seed(tf.constant([3, 4])))
-    noise = changed - images
     # Gain and shift are fitted for each volume and modality; noise is what is left.
     x, y = (np.reshape(np.moveaxis(v, -1, 1), (80, -1)) for v in (images, changed))
     gains, shifts = np.transpose([np.polyfit(a, b, 1) for a, b in zip(x, y, strict=True)])
@@ -22,5 +21,7 @@ def test_intensities():
     assert 0.15 < shifts.max() < 0.22
     left = y - gains[:, None] * x - shifts[:, None]
     assert left.std() == pytest.approx(0.1, rel=0.02)
-    assert np.abs(noise).max() > 0
+    # Volumes and modalities have noise of their own: of 3160 correlations of 512 numbers, with
+    # a standard deviation of 0.044, none is above 6 times that.
+    assert np.abs(np.corrcoef(left) - np.eye(80)).max() < 0.26
     np.testing.assert_array_equal(changed, another_view(images, Seed(tf.constant([3, 4]))))

@@ -143,6 +143,25 @@ def test_a_killed_build_is_mended(cache, plain_sources, tmp_path, monkeypatch):
     assert sorted(cache.iterdir()) == sorted([library, cache / "lock"])
 
 
+@pytest.mark.usefixtures("trusting")
+def test_only_what_dead_processes_of_this_machine_left_is_removed(
+    cache, plain_sources, monkeypatch
+):
+    monkeypatch.setattr(platform, "node", lambda: "gpu")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    kept = [
+        f"tmp-{dead.pid}-abcd_123-gpu-2",  # of another machine
+        f"tmp-{dead.pid}-abcd_123-2-gpu",
+        f"tmp-{os.getppid()}-abcd_123-gpu",  # alive
+        "tmp-gpu-2-abcd_123",  # not ours
+    ]
+    for name in (*kept, f"tmp-{dead.pid}-abcd_123-gpu"):
+        (cache / name).mkdir(parents=True)
+    build.build(plain_sources)
+    assert sorted(path.name for path in cache.glob("tmp-*")) == sorted(kept)
+
+
 @pytest.mark.usefixtures("cache", "trusting")
 @pytest.mark.parametrize("size", [0, 1000])
 def test_part_of_a_library_is_mended(plain_sources, size):
@@ -165,6 +184,63 @@ def test_a_failed_compilation(cache, plain_sources):
     assert list(cache.iterdir()) == [cache / "lock"]
 
 
+@pytest.mark.parametrize(
+    ("said", "fix"),
+    [
+        (
+            "/tmp/a.s: Fatal error: can't write 184 bytes to section .text of a.o: "
+            "'No space left on device'",
+            "make room on the disks",
+        ),
+        ("g++: fatal error: Killed signal terminated program cc1plus", "make memory free"),
+        ("nvcc error   : 'cicc' died due to signal 9 (Kill signal)", "make memory free"),
+        ("cc1plus: out of memory allocating 65536 bytes after a total of 1", "make memory free"),
+        (
+            "info_nce_ops.cc:3:10: fatal error: tensorflow/core/framework/op.h: No such file or "
+            "directory",
+            "reinstall TensorFlow, of which files are missing",
+        ),
+        (
+            "/usr/bin/ld: cannot find -l:libtensorflow_framework.so.2: No such file or directory",
+            "reinstall TensorFlow, of which files are missing",
+        ),
+        ("cc1plus: error: unrecognized command-line option '-std=c++17'", "install g++ 10"),
+        ("plain_cpu.cc:1:10: fatal error: plain_cpu.h: No such file", "install g++ 10"),
+    ],
+)
+@pytest.mark.usefixtures("cache")
+def test_what_to_do_is_told_by_what_the_compiler_says(plain_sources, compiler_log, said, fix):
+    (compiler_log.parent / "said").write_text(said + "\n" + "more\n" * 30)
+    (compiler_log.parent / "logging-g++").write_text(
+        '#!/bin/sh\ncase "$*" in *" -c "*) cat ' + f"{compiler_log.parent}/said >&2; exit 1 ;; "
+        'esac\nexec g++ "$@"\n'
+    )
+    with pytest.raises(NativeOpsError) as caught:
+        build.build(plain_sources)
+    assert caught.value.fix.startswith(fix)
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "fix"),
+    [
+        (
+            "tensorflow.python.framework.errors_impl.NotFoundError: /home/a/lib.so: failed to map "
+            "segment from shared object",
+            1,
+            "set TFMTSEG_CACHE_DIR to a folder on a disk that is not mounted noexec",
+        ),
+        ("", -9, "make memory free"),
+        ("/home/a/lib.so: undefined symbol: _ZN4absl", 1, "reinstall TensorFlow"),
+    ],
+)
+def test_what_to_do_is_told_by_why_it_does_not_load(monkeypatch, tmp_path, said, status, fix):
+    result = subprocess.CompletedProcess([], status, "", said)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: result)
+    with pytest.raises(NativeOpsError, match="TensorFlow cannot load it") as caught:
+        build._load_elsewhere(tmp_path)
+    assert caught.value.fix.startswith(fix)
+
+
 def test_a_library_that_does_not_load(cache, plain_sources):
     (plain_sources / "lost_cpu.cc").write_text(
         "int NoSuchFunction();\n"
@@ -185,7 +261,31 @@ def test_no_compiler(cache, plain_sources, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(NativeOpsError, match="CXX names is needed, and no-such-compiler is"):
         build.build(plain_sources)
+    monkeypatch.setenv("CXX", "g++ 'open")
+    with pytest.raises(NativeOpsError, match=r"CXX is g.*, must be a command .* Fix: correct"):
+        build.build(plain_sources)
     assert not cache.exists()
+
+
+@pytest.mark.usefixtures("cache", "trusting")
+def test_a_compiler_with_what_starts_it_and_options(plain_sources, compiler_log, monkeypatch):
+    """Such as `CXX="ccache g++"`, or with a path that has a space."""
+    starter = compiler_log.parent / "the starter"
+    starter.write_text('#!/bin/sh\nexec "$@"\n')
+    starter.chmod(0o755)
+    compiler = compiler_log.parent / "logging-g++"
+    monkeypatch.setenv("CXX", f"'{starter}' {compiler} -DGIVEN")
+    plain = build.build(plain_sources)
+    compiled = compiler_log.read_text().splitlines()
+    assert len(compiled) == 2
+    assert all(line.startswith("-DGIVEN ") for line in compiled)
+    monkeypatch.setenv("CXX", f"'{starter}' {compiler}")
+    assert build.plan(plain_sources).library != plain  # options are part of what it is
+
+    monkeypatch.setattr(build, "find_nvcc", lambda: str(compiler))
+    wanted = build.plan(plain_sources, cuda=True)
+    command = build._command(wanted, "plain_cuda.cu", "cuda", Path("plain.o"))
+    assert command[command.index("-ccbin") + 1] == str(compiler)
 
 
 @pytest.mark.usefixtures("cache")
@@ -292,8 +392,21 @@ def test_which_gpus_a_library_serves(architectures, gpus, expected):
     assert build.serves(architectures, gpus) == expected
 
 
+INSTRUCTION_SETS = sorted(
+    path.name
+    for path in build.source_dir().glob("*_cpu_*.cc")
+    if not path.stem.endswith("_generic")  # every processor may run it
+)
+
+
+def test_the_units_of_instruction_sets_are_there():
+    assert {name.rpartition("_")[2] for name in INSTRUCTION_SETS} == {
+        f"{name}.cc" for name in build.ISA_FLAGS if name != "generic"
+    }
+
+
 @pytest.mark.skipif(not build.is_x86(platform.machine()), reason="other processors have no AVX2")
-@pytest.mark.parametrize("name", ["info_nce_cpu_avx2.cc", "group_norm_cpu_avx2.cc"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_an_instruction_set_shares_no_function_with_others(name, tmp_path):
     """The linker keeps one copy of a shared function, and every processor would run it.
 
@@ -307,7 +420,8 @@ def test_an_instruction_set_shares_no_function_with_others(name, tmp_path):
         ["nm", "-C", "--defined-only", built], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     weak = [line for line in lines if re.match(r"\w* W ", line)]
-    assert [line for line in weak if "_avx2::" not in line] == []
+    own = f"_{Path(name).stem.rpartition('_')[2]}::"
+    assert [line for line in weak if own not in line] == []
 
 
 def test_nvcc_is_found_beside_the_path(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tfmtseg import compat
+
 SOURCES = Path(__file__).resolve().parents[2] / "cuda_ops"
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = (75, 80, 86, 89, 90)
@@ -22,7 +24,10 @@ REGISTERS = {"TensorCoreSweepKernel": 255, "ScalarSweepKernel": 128, "GroupGradi
 REGISTERS_OF_OTHERS = 64
 SPILLED_BYTES = 0
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not compat.KERAS_3, reason="as in the default environment: no TensorFlow"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tfmtseg import compat
+
+pytestmark = pytest.mark.skipif(
+    not compat.KERAS_3, reason="as in the default environment: no TensorFlow in the kernels"
+)
+
 TYPES = ["float32", "float16", "bfloat16"]  # in the order of DataType in cuda_types.h
 INVALID_VALUE = 1
 

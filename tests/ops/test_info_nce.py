@@ -105,18 +105,46 @@ KINDS = ["plain", "mask", "ids", "none", "labels"]
 SIZES = [(1, 1, 1), (1, 5, 3), (5, 1, 2), (7, 13, 5), (33, 65, 17), (70, 40, 130), (130, 500, 20)]
 
 
+@functools.cache  # for both implementations
+def losses_in_float64(size, normalize, kind) -> tuple[dict, np.ndarray]:
+    """Arguments and the right losses."""
+    queries, keys, positives = arrays(*size)
+    arguments = {"queries": queries, "keys": keys, "temperature": 0.3, "normalize": normalize}
+    arguments |= comparisons(kind, *size[:2], positives)
+    return arguments, by_hand(**arguments)
+
+
 @both
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_matches_float64(size, normalize, kind, implementation):
-    queries, keys, positives = arrays(*size)
-    arguments = comparisons(kind, *size[:2], positives)
-    arguments |= {"temperature": 0.3, "normalize": normalize}
-    result = info_nce(queries, keys, **arguments, implementation=implementation)
+    arguments, expected = losses_in_float64(size, normalize, kind)
+    result = info_nce(**arguments, implementation=implementation)
     assert result.dtype == tf.float32
     # Logits are up to 100 (raw, 130 features): rounded to 1e-5 in float32.
-    np.testing.assert_allclose(result, by_hand(queries, keys, **arguments), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-4)
+
+
+@functools.cache  # for both implementations
+def gradients_in_float64(normalize, kind, reduction) -> tuple[list, dict, float, list]:
+    """Arguments that are moved and others, a function of the losses, and its gradients."""
+    queries, keys, positives = arrays(10, 7, 3)
+    weights = np.random.default_rng(1).uniform(0.5, 1.5, size=10)
+    options = {"normalize": normalize, **comparisons(kind, 10, 7, positives)}
+
+    def objective(q=queries, k=keys, temperature=0.3, w=weights):
+        losses = by_hand(q, k, temperature=float(temperature), **options)
+        # Not 1, so that a lost factor shows.
+        return 3.0 * (w @ losses) / (w.sum() if reduction == "mean" else 1.0)
+
+    gradients = [
+        numeric_gradient(lambda q: objective(q=q), queries),
+        numeric_gradient(lambda k: objective(k=k), keys),
+        numeric_gradient(lambda t: objective(temperature=t), 0.3),
+        numeric_gradient(lambda w: objective(w=w), weights),
+    ]
+    return [queries, keys, 0.3, weights], options, objective(), gradients
 
 
 @both
@@ -124,11 +152,8 @@ def test_matches_float64(size, normalize, kind, implementation):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_gradients_of_all_inputs(normalize, kind, reduction, implementation):
-    queries, keys, positives = arrays(10, 7, 3)
-    weights = np.random.default_rng(1).uniform(0.5, 1.5, size=10)
-    options = {"normalize": normalize, **comparisons(kind, 10, 7, positives)}
-    variables = [tf.constant(queries), tf.constant(keys), tf.constant(0.3)]
-    variables.append(tf.constant(weights, tf.float32))
+    values, options, expected, gradients = gradients_in_float64(normalize, kind, reduction)
+    variables = [tf.constant(value, tf.float32) for value in values]
     with tf.GradientTape() as tape:
         tape.watch(variables)
         losses = info_nce(
@@ -140,22 +165,9 @@ def test_gradients_of_all_inputs(normalize, kind, reduction, implementation):
             **options,
         )
         assert losses.shape == ((10,) if reduction == "none" else ())
-        # Not 1, so that a lost factor shows.
         total = 3.0 * tf.reduce_sum(losses)
-    gradients = tape.gradient(total, variables)
-
-    def objective(q=queries, k=keys, temperature=0.3, w=weights):
-        losses = by_hand(q, k, temperature=float(temperature), **options)
-        return 3.0 * (w @ losses) / (w.sum() if reduction == "mean" else 1.0)
-
-    expected = [
-        numeric_gradient(lambda q: objective(q=q), queries),
-        numeric_gradient(lambda k: objective(k=k), keys),
-        numeric_gradient(lambda t: objective(temperature=t), 0.3),
-        numeric_gradient(lambda w: objective(w=w), weights),
-    ]
-    np.testing.assert_allclose(total, objective(), rtol=1e-4)
-    for gradient, right in zip(gradients, expected, strict=True):
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+    for gradient, right in zip(tape.gradient(total, variables), gradients, strict=True):
         assert np.abs(right).max() > 1e-3
         # float32 against central differences; entries are of the order of 1 to 100.
         np.testing.assert_allclose(gradient, right, rtol=2e-4, atol=2e-4 * np.abs(right).max())

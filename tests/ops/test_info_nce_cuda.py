@@ -7,6 +7,12 @@ import ctypes
 import numpy as np
 import pytest
 
+from tfmtseg import compat
+
+pytestmark = pytest.mark.skipif(
+    not compat.KERAS_3, reason="as in the default environment: no TensorFlow"
+)
+
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2
 AUTO, SCALAR, TENSOR_CORE, SPLIT = 0, 1, 2, 3
 INVALID_VALUE, NOT_SUPPORTED = 1, 801
@@ -517,6 +523,24 @@ def test_positive_out_of_range_raises_the_flag(library, bad, engine):
     assert case.error_flag() == 1
     case.backward(library, wanted=(False, True, False))
     assert case.error_flag() == 1
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
+@pytest.mark.parametrize("name", ["queries", "keys"])
+def test_rows_that_are_not_aligned(library, name, dtype):
+    """As a slice of rows is not. Tensor cores copy 16 bytes at a time."""
+    case = problem(70, 66, 64, engine=TENSOR_CORE, dtype=dtype)
+    expected = case.forward_backward(library)
+    _, size = case.workspace(library, True)
+    aligned = getattr(case, name)
+    memory = np.zeros(aligned.size + 1, aligned.dtype)
+    start = 1 if memory.ctypes.data % 16 == 0 else 0
+    setattr(case, name, memory[start : start + aligned.size].reshape(aligned.shape))
+    getattr(case, name)[...] = aligned
+    assert getattr(case, name).ctypes.data % 16 != 0
+    assert case.workspace(library, True)[1] > size  # else the emulation would end the process
+    for one, other in zip(case.forward_backward(library), expected, strict=True):
+        np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
 def test_gradients_that_nobody_wants(library):

@@ -24,6 +24,7 @@ def fresh(monkeypatch):
     monkeypatch.setattr(library, "_reason", None)
     monkeypatch.setattr(library, "_idle_gpu", False)
     monkeypatch.delenv("TFMTSEG_NATIVE_OPS", raising=False)
+    monkeypatch.delenv("TFMTSEG_INSTRUCTION_SET", raising=False)
 
 
 @pytest.fixture
@@ -137,6 +138,45 @@ def test_a_missing_or_broken_file(probe, tmp_path, monkeypatch):
         library.load()
 
 
+def test_the_next_library_where_one_cannot_be_loaded(probe, cache, monkeypatch):
+    """In a home that machines with other systems share, the newest may be another's."""
+    here = build.here(build.source_dir())
+    name = "libtfmtseg_ops-" + here.tensorflow
+    newest = [fake(cache / f"{name}-{number}.so", compiler=str(number)) for number in (1, 2)]
+    working = cache / f"{name}-3.so"
+    real = tf.load_op_library  # of which a copy cannot be loaded as well
+    monkeypatch.setattr(
+        tf, "load_op_library", lambda path: real(str(probe if path == str(working) else path))
+    )
+    for may_build in ("0", ""):  # there is no compiler
+        monkeypatch.setenv("TFMTSEG_NATIVE_OPS", may_build)
+        monkeypatch.setattr(library, "_loaded", None)
+        with pytest.raises(NativeOpsError, match="nothing could be loaded") as caught:
+            library.load()
+        assert all(str(caught.value).count(f"loading {path}: ") == 1 for path in newest)
+        assert ("no-such-compiler is not found" in str(caught.value)) == (may_build == "")
+
+        working.write_bytes(probe.read_bytes())
+        os.utime(working, (0, 0))  # the oldest
+        assert library.load().tfmtseg_probe([1.0]).twice.numpy() == [2]
+        working.unlink()
+
+
+def test_an_instruction_set_that_there_is_not(probe, monkeypatch):
+    monkeypatch.setenv("TFMTSEG_INSTRUCTION_SET", "avx512_bf16")
+    error = (
+        "TFMTSEG_INSTRUCTION_SET is avx512_bf16, must be one of generic, avx2, avx512, avx512bf16. "
+        "Fix: set it"
+    )
+    with pytest.raises(NativeOpsError, match=error):
+        library.load()
+    with pytest.warns(UserWarning, match=error):
+        assert library.choose() == "reference"
+    for name in (*build.ISA_FLAGS, ""):
+        monkeypatch.setenv("TFMTSEG_INSTRUCTION_SET", name)
+        assert library.highest_instruction_set() == (name or "avx512bf16")
+
+
 def test_the_best_built_ahead(cache, probe_sources, monkeypatch):
     monkeypatch.setattr(build, "source_dir", lambda: probe_sources)
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
@@ -148,24 +188,27 @@ def test_the_best_built_ahead(cache, probe_sources, monkeypatch):
     fake(cache / f"{name}-2.so", sources="another")
     (cache / f"{name}-3.so").touch()
     with pytest.raises(NativeOpsError, match="forbids"):
-        library._find(here, gpus=[80], may_build=False)
+        library._load_own(here, gpus=[80], may_build=False)
+
+    def best(gpus: list[int], may_build: bool) -> Path:
+        return next(library._candidates(here, gpus, may_build, []))
 
     cpu = fake(cache / f"{name}-4.so", compiler="another")
-    assert library._find(here, gpus=[], may_build=False) == cpu
-    assert library._find(here, gpus=[], may_build=True) == cache / "built"
-    assert library._find(here, gpus=[80], may_build=True) == cache / "built"
+    assert best(gpus=[], may_build=False) == cpu
+    assert best(gpus=[], may_build=True) == cache / "built"
+    assert best(gpus=[80], may_build=True) == cache / "built"
 
     cuda = fake(cache / f"{name}-5.so", architectures=(80,))
-    assert library._find(here, gpus=[], may_build=False) == cpu
-    assert library._find(here, gpus=[80], may_build=False) == cuda
-    assert library._find(here, gpus=[80], may_build=True) == cuda  # nvcc was elsewhere
+    assert best(gpus=[], may_build=False) == cpu
+    assert best(gpus=[80], may_build=False) == cuda
+    assert best(gpus=[80], may_build=True) == cuda  # nvcc was elsewhere
     older = fake(cache / f"{name}-6.so", architectures=(70, 75))
     os.utime(older, (0, 0))
-    assert library._find(here, gpus=[75], may_build=False) == older  # 80 does not serve it
-    assert library._find(here, gpus=[86], may_build=True) == cuda
-    assert library._find(here, gpus=[60], may_build=True) == cache / "built"  # nothing does
+    assert best(gpus=[75], may_build=False) == older  # 80 does not serve it
+    assert best(gpus=[86], may_build=True) == cuda
+    assert best(gpus=[60], may_build=True) == cache / "built"  # nothing does
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert library._find(here, gpus=[], may_build=True) == cpu
+    assert best(gpus=[], may_build=True) == cpu
 
 
 def test_a_gpu_that_is_left_unused_is_told(cache, probe_sources, monkeypatch):
@@ -189,6 +232,23 @@ def test_a_gpu_that_is_left_unused_is_told(cache, probe_sources, monkeypatch):
             library.load()
         assert bool(told) == (used == "reference"), gpu
         assert library.choose() == used, gpu
+
+
+def test_a_gpu_that_is_hidden_is_none(cache, probe_sources, monkeypatch):
+    """By `tf.config.set_visible_devices([], "GPU")`: the op on CPU serves."""
+    monkeypatch.setattr(build, "source_dir", lambda: probe_sources)
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"])
+    monkeypatch.setattr(
+        tf.config.experimental, "get_device_details", lambda gpu: {"compute_capability": (8, 0)}
+    )
+    monkeypatch.setattr(tf, "load_op_library", lambda path: path)
+    monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(fake(cache / "some.so")))
+    assert build.visible_architectures() == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert library.choose() == "native"
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: ["GPU:0"])
+    assert build.visible_architectures() == [80]
 
 
 def test_a_driver_older_than_cuda_is_told(cache, probe_sources, monkeypatch):

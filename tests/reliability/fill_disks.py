@@ -85,14 +85,15 @@ def fail_to_write(
     write()
 
 
-def train_on_a_full_disk(folder: Path, random: np.random.Generator) -> None:
+def train_on_a_full_disk(folder: Path, random: np.random.Generator) -> Path:
+    """Returns the folder of the run with room."""
     data, log = runs.make_data(folder / "data"), folder / "log"
-    whole, broken = (folder / name for name in ("whole", "broken"))
-    runs.must_train(runs.flags(data, whole, method="encdec"), log)
+    settings = {"method": "encdec", **runs.OTHERS}  # as interrupt_runs.py has them
+    whole, broken = runs.whole(folder, data, **settings), folder / "broken"
     (path,) = (whole / "weights").glob("*.data*")
     size = int(random.integers(path.stat().st_size))
     step = int(random.integers(1, runs.TRAIN_STEPS))
-    command = runs.flags(data, broken, method="encdec")
+    command = runs.flags(data, broken, **settings)
     status = runs.run_training(command, log, runs.after_step(step, partial(limit_files, size)))
     told = re.search(rf"^{broken}/\w+: access is refused \(.*Fix: ", log.read_text(), re.MULTILINE)
     if status != BAD_SYSTEM or not told:
@@ -100,19 +101,20 @@ def train_on_a_full_disk(folder: Path, random: np.random.Generator) -> None:
     runs.must_train(command, log)
     if runs.digest(whole) != runs.digest(broken):
         raise AssertionError("other numbers after a full disk")
+    return whole
 
 
 def main(times: int, seed: int = 0) -> None:
     random = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train_on_a_full_disk(folder, random)
+        whole = train_on_a_full_disk(folder, random)
         log = folder / "log"
         with runs.copy(lambda: save_on_full_disks(folder, times, random), log) as process:
             if runs.wait(process):
                 raise AssertionError(runs.tail(log))
         exports, served = max(1, times // 10), folder / "served"
-        write = partial(export_model, folder / "whole", served)
+        write = partial(export_model, whole, served)
         with runs.copy(lambda: fail_to_write(write, served, exports, random), log) as process:
             if runs.wait(process):
                 raise AssertionError(runs.tail(log))

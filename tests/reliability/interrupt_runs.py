@@ -8,7 +8,8 @@ started again by the same command. In the end weights, teacher and optimizer of 
 checkpoint, the final weights, and losses and learning rates of all epochs must be those
 of a run that nothing interrupted, to the bit. A run that gets SIGTERM must save after the
 very step, and end with status 143 within GRACE_SECONDS; the losses of the epoch it broke
-off, means over the epoch's rest, are left out.
+off, means over the epoch's rest, are left out. Runs that get SIGKILL have the optimizer and
+the average of the weights that are the defaults, the others those of `runs.OTHERS`.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def interrupt(
     """Interrupts a run `times` times; returns the seconds it took to end."""
     random = np.random.default_rng(zlib.crc32(f"{number} {method}".encode()))
     log, sent_file = folder / "log", folder / "sent"
-    whole, broken = (folder / name for name in ("whole", "broken"))
-    commands = [runs.flags(data, model_dir, method=method) for model_dir in (whole, broken)]
-    runs.must_train(commands[0], log)
+    settings = {"method": method, **(runs.OTHERS if number == signal.SIGTERM else {})}
+    whole, broken = runs.whole(folder, data, **settings), folder / "broken"
+    command = runs.flags(data, broken, **settings)
 
     def send() -> None:
         sent_file.write_text(repr(time.time()))
@@ -47,7 +48,7 @@ def interrupt(
     steps = random.choice(np.arange(1, runs.TRAIN_STEPS), times, replace=False)
     expected = -number if number == signal.SIGKILL else 128 + number
     for step in map(int, np.sort(steps)):
-        status = runs.run_training(commands[1], log, runs.after_step(step, send))
+        status = runs.run_training(command, log, runs.after_step(step, send))
         seconds.append(time.time() - float(sent_file.read_text()))
         if status != expected or (broken / "result.json").exists():
             raise AssertionError(f"{method}, step {step}: status {status}\n{runs.tail(log)}")
@@ -55,7 +56,7 @@ def interrupt(
             saved = runs.step_of(runs.checkpoint(broken))
             if saved != step or seconds[-1] > GRACE_SECONDS:
                 raise AssertionError(f"{method}, step {step}: {saved} saved, {seconds[-1]} s")
-    runs.must_train(commands[1], log)
+    runs.must_train(command, log)
     broken_epochs = []
     if number == signal.SIGTERM:
         broken_epochs = [

@@ -34,7 +34,7 @@ from tfmtseg.files import write_json, write_text
 from tfmtseg.inference.predict import predict_folder
 from tfmtseg.training.checkpoint import initialize, write_model, write_weights
 from tfmtseg.training.config import TrainConfig, read_settings
-from tfmtseg.training.run import load_run
+from tfmtseg.training.finished_run import load_run
 
 
 class Bomb:

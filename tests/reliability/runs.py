@@ -42,6 +42,7 @@ SETTINGS = {
     "warmup_steps": 5,
     "teacher_start": 0.2,
 }
+OTHERS = {"optimizer": "ranger", "weight_averaging": "swa"}  # than the defaults
 
 
 @contextlib.contextmanager
@@ -108,6 +109,15 @@ def must_train(command: list[str], log: Path) -> None:
     """Trains to the end, or raises."""
     if status := run_training(command, log):
         raise AssertionError(f"{command}: status {status}\n{tail(log)}")
+
+
+def whole(folder: Path, data: Path, **settings: object) -> Path:
+    """A run that nothing interrupts, in `folder`, or where RUNS_DIR names an earlier check's."""
+    name = "-".join(map(str, settings.values()))
+    model_dir = Path(os.environ.get("RUNS_DIR", folder)) / f"whole-{name}"
+    if not (model_dir / "result.json").exists():
+        must_train(flags(data, model_dir, **settings), folder / "log")
+    return model_dir
 
 
 def after_step(step: int, action: Callable[[], None]) -> Callable[[], None]:

@@ -24,9 +24,12 @@ from tfmtseg.models.methods import METHODS
 from tfmtseg.training import run
 
 
-def spoil(step: int, value: float) -> None:
-    """Puts `value` into one voxel of each image of a step, counted from 1."""
-    sound = run.training_batches
+def spoil(step: int, value: float, named: Path) -> None:
+    """Puts `value` into one voxel of each image of a step, counted from 1.
+
+    Which step's cases the message names, counted from 0, is written to the file `named`.
+    """
+    sound, names = run.training_batches, run.batch_cases
 
     def spoilt(*arguments, steps: tuple[int, int], **settings):
         def change(index, batch):
@@ -37,13 +40,17 @@ def spoil(step: int, value: float) -> None:
         batches = sound(*arguments, steps=steps, **settings)
         return batches.enumerate(steps[0]).map(change)
 
-    run.training_batches = spoilt
+    def told(labelled, unlabelled, index: int, **settings):
+        named.write_text(str(index))
+        return names(labelled, unlabelled, index, **settings)
+
+    run.training_batches, run.batch_cases = spoilt, told
 
 
 def stops_at(step: int, value: float, method: str, data: Path, folder: Path) -> None:
-    log, model_dir = folder / "log", folder / "run"
+    log, model_dir, named = folder / "log", folder / "run", folder / "named"
     command = runs.flags(data, model_dir, method=method)
-    status = runs.run_training(command, log, lambda: spoil(step, value))
+    status = runs.run_training(command, log, lambda: spoil(step, value, named))
     text = log.read_text()
     found = re.search(
         rf"^step {step}: \w+ is (NaN|infinite).*, must be finite\. Fix: look at the batch's "
@@ -55,6 +62,8 @@ def stops_at(step: int, value: float, method: str, data: Path, folder: Path) -> 
     finite = all(np.isfinite(values).all() for values in numbers.values())
     if status != BAD_INPUT or not found or not finite:
         raise AssertionError(f"{method}, step {step}: status {status}, {finite}\n{runs.tail(log)}")
+    if named.read_text() != str(step - 1):  # all steps have these cases, in other orders
+        raise AssertionError(f"{method}, step {step}: cases of batch {named.read_text()} named")
     if saved and runs.step_of(numbers) != saved:
         raise AssertionError(f"{method}, step {step}: {runs.step_of(numbers)} saved, not {saved}")
 

@@ -226,7 +226,8 @@ def report(results: dict[str, dict[str, Any]]) -> str:
         "# Reliability: what is promised, and what a full run showed",
         "",
         "Written by `make torture`, which tries to break each promise in both environments; the "
-        "tests run the same checks in short form. `make torture ONLY=3,4` repeats single rows.",
+        "tests run the same checks in short form, but for the eighth's, which is `make sanitize`. "
+        "`make torture ONLY=3,4` repeats single rows.",
         "",
         f"Machine: {'; '.join(machines)}.",
         "",

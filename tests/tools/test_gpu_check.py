@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from tfmtseg.ops import build
 
 TOOL = Path(__file__).parents[2] / "tools" / "gpu_check.py"
 
@@ -15,6 +20,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "gpu_check.py"
 def tool():
     spec = importlib.util.spec_from_file_location("gpu_check", TOOL)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclass looks
     spec.loader.exec_module(module)
     return module
 
@@ -31,11 +37,14 @@ def test_table_has_a_cell_for_every_column(tool):
     results = {"fused": (1.25, 3.0), "torch eager": "out of memory"}
     row = tool.timing_row(192, "float32", results)
     assert row.startswith("| 192 | float32 | 1.250 (3) |  | out of memory |")
-    lines = tool.report({"name": "none"}, [], ["wrong"], [], [row], []).splitlines()
-    table = [line for line in lines if line.startswith(("| ", "|---"))][2:]  # the second one
+    section = tool.sections(emulate=False)["time_info_nce"]
+    for line in (row, "* wrong", "something that PyTorch says"):
+        section.take(line)
+    lines = section.text().splitlines()
+    table = [line for line in lines if line.startswith(("| ", "|---"))]
     assert len(table) == 3
     assert {line.count("|") for line in table} == {len(tool.COLUMNS) + 3}
-    assert "* wrong" in lines
+    assert lines[-2:] == ["", "* wrong"]
 
 
 def test_oracle_by_finite_differences(tool):
@@ -67,3 +76,181 @@ def test_oracle_of_group_norm_by_finite_differences(tool):
             totals.append(np.sum(tool.group_norm_oracle(moved)["y"] * problem["upstream"]))
         slope = (totals[0] - totals[1]) / 2e-6
         assert np.sum(gradients[f"grad_{name}"] * direction) == pytest.approx(slope, rel=1e-4)
+
+
+def test_a_few_of_many_rows_have_the_gradients_of_all(tool, monkeypatch):
+    monkeypatch.setattr(tool, "MOST_ROWS", 100)
+    problem = tool.make_problem(120, 30, 5, "float32", 0)
+    chosen, rows = tool.spot(problem)
+    assert len(rows) == tool.CHECKED_ROWS
+    everything, few = tool.oracle(problem), tool.oracle(chosen)
+    for name, right in few.items():
+        found = everything[name]
+        if name in ("loss", "grad_queries", "temperature_gradients"):
+            found = found[rows]
+        np.testing.assert_allclose(found, right, atol=1e-12)
+    assert tool.spot(tool.make_problem(100, 30, 5, "float32", 0))[1] == slice(None)
+
+
+def test_an_engine_that_the_device_lacks_has_a_row(tool, monkeypatch):
+    monkeypatch.setattr(tool, "TOLERANCES", {("split", "float32"): 3e-5})
+    cuda = SimpleNamespace(device=lambda: {"compute_capability": (7, 5)})
+    (row,) = tool.compare(cuda, tool.HostMemory(), tool.SHAPES, tool.SEEDS)
+    assert row == "| split | float32 | | 3e-05 | not supported by this device |"
+
+
+def test_nvcc_is_looked_for_where_the_package_does(tool, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    for home in ("first", "second"):
+        (tmp_path / home / "bin").mkdir(parents=True)
+        (tmp_path / home / "bin" / "nvcc").touch(mode=0o755)
+    for home, path in [(tmp_path / "first", "/nowhere"), ("", "/nowhere"),
+                       (tmp_path / "first", tmp_path / "second" / "bin")]:  # fmt: skip
+        monkeypatch.setenv("CUDA_HOME", str(home))
+        monkeypatch.setenv("PATH", str(path))
+        assert tool.find("nvcc") == build.find_nvcc()
+    assert tool.find("nvcc") == str(tmp_path / "second" / "bin" / "nvcc")
+
+
+def test_what_hangs_is_ended_with_all_that_it_started(tool):
+    program = (
+        "import subprocess, time; child = subprocess.Popen(['sleep', '1000']); "
+        "print('| child |', child.pid, flush=True); time.sleep(1000)"
+    )
+    seen = []
+    assert tool.watch([sys.executable, "-c", program], 10, seen.append) == "not finished in 10 s"
+    child = Path("/proc", seen[0].split()[-1], "stat")
+    for _ in range(100):
+        if not child.exists() or ") Z " in child.read_text():  # nobody may have asked for its end
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child of what was ended goes on")
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("print('| 1 |')", ""),
+        ("print('| 1 |'); raise RuntimeError('no')", "exit status 1, RuntimeError: no"),
+        ("print('| 1 |', flush=True); import os; os.abort()", "exit status -6, | 1 |"),
+    ],
+)
+def test_why_a_section_failed_is_told(tool, program, reason):
+    seen = []
+    assert tool.watch([sys.executable, "-c", program], 60, seen.append) == reason
+    assert seen[0] == "| 1 |"
+
+
+# In the place of the kernels: those of InfoNCE break off, and those of GroupNorm are wrong.
+MODULE = """
+import os
+
+def device():
+    return {"name": "a device", "compute_capability": (8, 0)}
+
+class Call:
+    def __init__(self, **arguments):
+        pass
+    def workspace_size(self, *arguments):
+        return 1
+
+class InfoNce(Call):
+    def forward(self, **arguments):
+        raise RuntimeError("CUDA: an illegal memory access was encountered (error 700)")
+
+class GroupNorm(Call):
+    def forward(self, **arguments):
+        pass
+    backward = forward
+"""
+
+
+def test_a_section_that_fails_does_not_end_the_others(tool, tmp_path, monkeypatch):
+    (tmp_path / "module.py").write_text(MODULE)
+    compiler = tmp_path / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        f'#!/bin/sh\nfor last; do :; done\ncp {tmp_path}/module.py "${{last%%.*}}.py"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{compiler.parent}:{os.environ['PATH']}")
+    output = tmp_path / "report.md"
+    assert tool.main(["--emulate", "--output", str(output)]) == 1
+    report = output.read_text()
+    assert "| name | a device |" in report
+    assert (
+        "* Accuracy of InfoNCE: exit status 1, RuntimeError: CUDA: an illegal memory access"
+    ) in report
+    assert "* group_norm float32 (1, 1, 1, 1) seed 0 y: error nan" in report
+    assert "| group_norm | bfloat16 | nan |" in report
+
+    compiler.write_text("#!/bin/sh\nexit 7\n")
+    assert tool.main(["--emulate", "--output", str(output)]) == 1
+    assert "exit status 1, g++: exit status is 7, must be 0. Fix:" in output.read_text()
+
+
+def test_without_nvcc_pytorch_or_a_gpu_one_line_tells(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "find", lambda program: None)
+    with pytest.raises(SystemExit, match=r"nvcc: path is none, must be on PATH.* Fix: install"):
+        tool.build(tmp_path, emulate=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit, match=r"torch: import is .*, must work. Fix: .* pip install"):
+        tool.architecture()
+    cuda = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    with pytest.raises(SystemExit, match=r"PyTorch: GPU is none, must be one. Fix: look at"):
+        tool.architecture()
+    cuda.is_available = lambda: True
+    cuda.get_device_capability = lambda: (9, 0)
+    assert tool.architecture() == "sm_90"
+
+
+def test_a_contender_that_fails_while_it_is_timed(tool, monkeypatch):
+    """Whatever is left of it may not stand in the others' way."""
+    nothing = SimpleNamespace(
+        synchronize=lambda: None, memory_allocated=lambda: 0, max_memory_allocated=lambda: 2**20,
+        reset_peak_memory_stats=lambda: None, empty_cache=lambda: None,
+        OutOfMemoryError=MemoryError,
+    )  # fmt: skip
+    compiler = SimpleNamespace(reset=lambda: None)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=nothing, compiler=compiler))
+    calls = dict.fromkeys(("sound", "greedy", "broken"), 0)
+
+    def contender(name, error=None):
+        def run():
+            calls[name] += 1
+            if calls[name] > 2 and error:
+                raise error
+
+        return lambda: run
+
+    contenders = {
+        "greedy": contender("greedy", MemoryError()),
+        "broken": contender("broken", ValueError("a | b\nmore")),
+        "sound": contender("sound"),
+    }
+    monkeypatch.setattr(tool, "Contenders", lambda *_: SimpleNamespace(all=lambda: contenders))
+
+    def milliseconds(run, times):
+        run()
+        return 2.0
+
+    monkeypatch.setattr(tool, "milliseconds", milliseconds)
+    results = tool.time_one_size(None, 4096, "float32", time.monotonic() + 60)
+    assert results == {
+        "greedy": "out of memory",
+        "broken": "ValueError: a / b",
+        "sound": (2.0, 1.0),
+    }
+    assert calls["greedy"] == calls["broken"] == 3 < calls["sound"]
+
+    monkeypatch.setattr(tool, "SIZES", (192, 1024))
+    lines = list(tool.time_info_nce(None, time.monotonic() + 60))
+    assert [line for line in lines if line.startswith("* ")] == []  # not ours
+    contenders["fused"] = lambda: 1 / 0
+    lines = list(tool.time_info_nce(None, time.monotonic() + 60))
+    assert lines[:2] == [
+        tool.timing_row(192, "float32", {"fused": "ZeroDivisionError: division by zero"}),
+        "* 192 float32, timed: ZeroDivisionError: division by zero",
+    ]
+    assert len(lines) == 8  # the others come all the same

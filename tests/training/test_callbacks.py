@@ -6,11 +6,20 @@ import csv
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import tensorflow as tf
 
 from tfmtseg.compat import keras
 from tfmtseg.training import callbacks
-from tfmtseg.training.callbacks import COLOURS, Checkpoints, Clock, History, overlay, tag
+from tfmtseg.training.callbacks import (
+    COLOURS,
+    Checkpoints,
+    Clock,
+    History,
+    Termination,
+    overlay,
+    tag,
+)
 
 
 def test_tags():
@@ -26,9 +35,9 @@ def test_overlay_colours_truth_and_prediction_only_where_they_are():
     predicted[2, 3, 1] = 2
     picture = overlay(image, truth, predicted)
     assert picture.shape == (6, 12, 3)
-    # rot90 puts y downwards from its end and x to the right.
-    assert picture[6 - 1 - 2, 4 + 1].tolist() == (0.5 * COLOURS[0]).astype(np.uint8).tolist()
-    assert picture[6 - 1 - 3, 8 + 2].tolist() == (0.5 * COLOURS[1]).astype(np.uint8).tolist()
+    # y runs upwards, and x, which grows towards the patient's right, to the left.
+    assert picture[6 - 1 - 2, 4 + 3 - 1].tolist() == (0.5 * COLOURS[0]).astype(np.uint8).tolist()
+    assert picture[6 - 1 - 3, 8 + 3 - 2].tolist() == (0.5 * COLOURS[1]).astype(np.uint8).tolist()
     assert np.count_nonzero(picture.any(-1)) == 2
 
 
@@ -83,3 +92,22 @@ def test_steps_that_loss_scaling_leaves_out_are_counted(tmp_path):
     again = Checkpoints(stub(), tmp_path)
     assert again.restore() == 5
     assert int(again.state.optimizer[0]) == 0  # its count
+
+
+@pytest.mark.parametrize(("batch", "saves"), [(0, 1), (1, 0)], ids=["amid", "at the end"])
+def test_an_epoch_that_is_complete_ends_before_the_process(batch, saves):
+    """Its line of history and its save come first; a later call begins the next epoch."""
+    committed = []
+    checkpoints = SimpleNamespace(step=1, writes=True, commit=lambda: committed.append(batch))
+    termination = Termination(checkpoints)
+    termination.set_params({"steps": 2})
+    termination.on_train_batch_end(batch)
+    termination.on_epoch_end(0)  # nobody has asked
+    termination.asked = True
+    ends = [lambda: termination.on_train_batch_end(batch), lambda: termination.on_epoch_end(0)]
+    if not saves:
+        ends.pop(0)()
+    with pytest.raises(SystemExit) as status:
+        ends[0]()
+    assert status.value.code == 143
+    assert len(committed) == saves

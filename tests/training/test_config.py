@@ -134,10 +134,16 @@ def test_pretraining_needs_a_branch_and_unlabelled_patches(field, value):
 
 @pytest.mark.parametrize("form", ["dense_across", "classes"])
 def test_positives_across_cases_need_other_cases(form):
-    config = dataclasses.replace(GOOD, contrastive_form=form)
+    config = dataclasses.replace(GOOD, contrastive_form=form, flips=(False, False, False))
     config.check()
     with pytest.raises(InputError, match=rf"^--negatives: .* batch or global with .*={form}"):
         dataclasses.replace(config, negatives="case").check()
+
+
+def test_places_of_mirrored_patches_are_no_positives():
+    config = dataclasses.replace(GOOD, contrastive_form="dense_across", flips=(False, True, False))
+    with pytest.raises(InputError, match=r"^--flips: .* false,false,false with .*=dense_across"):
+        config.check()
 
 
 def test_classes_cannot_pretrain():
@@ -223,7 +229,9 @@ def test_missing_settings_file(tmp_path):
 
 
 def test_every_augmentation_strength_is_a_setting_with_the_same_default():
-    assert GOOD.augmentation == Augmentation()
+    """But for the rotation, which depends on the data."""
+    chosen = dataclasses.replace(GOOD, rotation_degrees=(15.0, 15.0, 15.0))
+    assert chosen.augmentation == Augmentation()
 
 
 def test_shipped_settings_are_valid_and_found_by_name():

@@ -6,7 +6,13 @@ import tensorflow as tf
 
 from tfmtseg.compat import keras
 from tfmtseg.training.config import TrainConfig
-from tfmtseg.training.optimizers import AdamW, Ranger, make_optimizer, make_schedule
+from tfmtseg.training.optimizers import (
+    AdamW,
+    Ranger,
+    WarmupPolynomial,
+    make_optimizer,
+    make_schedule,
+)
 
 CONFIG = TrainConfig(
     train_steps=20, warmup_steps=3, learning_rate=0.02, weight_decay=1e-3, ema_momentum=0.7
@@ -176,6 +182,13 @@ def test_mean_of_weights_as_that_of_tensorflow_addons():
     _, averages = trajectory(ours, STEPS)
     for one, other in zip(averages, addons_trajectory(theirs, average=True), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_config_has_every_argument(survives_config):
+    averages = {"averaging": "swa", "average_momentum": 0.75, "average_start": 3}
+    for kind in (AdamW, Ranger):  # numbers that float32 has
+        survives_config(kind, learning_rate=0.25, decay=0.5, average_period=5, **averages)
+    survives_config(WarmupPolynomial, learning_rate=0.25, total_steps=7, warmup_steps=3)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -118,3 +118,18 @@ def test_kernel_gradients_in_bfloat16(shape):
         for one, other in zip(gradients[0], found, strict=True):
             # Inputs are rounded to 8 bits: 2^-9 each, averaged over the sum.
             np.testing.assert_allclose(other, one, atol=0.02 * np.abs(one).max())
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 5, 4), (3, 2, 2), (1, 2, 2)])
+def test_convolutions_of_an_inference_in_bfloat16(shape):
+    """Where no gradient is wanted, TensorFlow fuses a convolution with what stands around it."""
+    x = tf.constant(np.random.default_rng(0).normal(size=(1, *shape, 64)), tf.bfloat16)
+    found = []
+    for dtype in ("float32", "mixed_bfloat16"):
+        keras.utils.set_random_seed(0)
+        layer = convolution(64, dtype=dtype)
+        layer.build(x.shape)
+        y = tf.function(layer)(tf.cast(x, layer.compute_dtype))
+        found.append(tf.cast(y, tf.float32).numpy())
+    # Kernel and result are rounded to 8 bits: 2^-9 each, the former averaged over the sum.
+    np.testing.assert_allclose(found[1], found[0], atol=0.02 * np.abs(found[0]).max())

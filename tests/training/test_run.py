@@ -13,19 +13,26 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tfmtseg import files
+from tfmtseg.data.augment import Augmentation
 from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.data.pipeline import WHOLE
 from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.inference.evaluate import evaluate
 from tfmtseg.inference.predict import predict_folder
 from tfmtseg.models.segmenter import Segmenter
+from tfmtseg.regions import Regions
 from tfmtseg.training import run as run_module
 from tfmtseg.training.callbacks import History
 from tfmtseg.training.checkpoint import load_model
 from tfmtseg.training.config import TrainConfig
-from tfmtseg.training.run import load_run, train
+from tfmtseg.training.finished_run import load_run
+from tfmtseg.training.optimizers import AdamW, Ranger, make_optimizer
+from tfmtseg.training.run import make_model, train
+from tfmtseg.training.run_folder import check_origin
 from tfmtseg.version import code_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +51,8 @@ def settings(data: Path, model_dir: Path, **changes) -> TrainConfig:
         num_test=2,
         width=8,
         predictor_blocks=1,
-        crop=(32, 32, 32),
+        crop=(16, 16, 16),
+        cube_size=(8, 8, 8),
         train_steps=4,
         steps_per_epoch=2,
         learning_rate=3e-3,
@@ -56,8 +64,8 @@ def settings(data: Path, model_dir: Path, **changes) -> TrainConfig:
 def phantoms(tmp_path_factory):
     """Seven labelled cases, and one image more in a plain folder beside them."""
     root = tmp_path_factory.mktemp("phantoms")
-    write_phantoms(root / "data", 7, seed=1, shape=(40, 40, 40))
-    write_phantoms(root / "other", 1, seed=9, shape=(40, 40, 40))
+    write_phantoms(root / "data", 7, seed=3, shape=(24, 24, 24))
+    write_phantoms(root / "other", 1, seed=9, shape=(24, 24, 24))
     (root / "further").mkdir()
     shutil.copy(root / "other/imagesTr/PHANTOM_001.nii.gz", root / "further/EXTRA_001.nii.gz")
     return root / "data"
@@ -192,18 +200,18 @@ def test_first_weights_have_not_learned_the_test_cases(opened, phantoms, tmp_pat
     run, _ = opened
     splits, source = run.splits, str(run.directory)
     config = dataclasses.replace(run.config, init_checkpoint=source)
-    run_module._check_origin(config, splits)
+    check_origin(config, splits)
     swapped = dataclasses.replace(splits, labeled=splits.test, test=splits.labeled)
     with pytest.raises(InputError, match=f"--init_checkpoint: case {min(splits.labeled)} is one"):
-        run_module._check_origin(config, swapped)
+        check_origin(config, swapped)
     elsewhere = dataclasses.replace(config, data_dir=str(tmp_path))
     with pytest.warns(InputWarning, match="images of 2 development or test cases .* only in name"):
-        run_module._check_origin(elsewhere, swapped)
+        check_origin(elsewhere, swapped)
     named = dataclasses.replace(config, subject_regex=r"OTHER_(\d+)")  # as of other data
-    run_module._check_origin(named, Splits(("OTHER_1",), (), (), ("OTHER_2",)))
+    check_origin(named, Splits(("OTHER_1",), (), (), ("OTHER_2",)))
     seen = dataclasses.replace(splits, unlabeled=(), test=splits.unlabeled)
     with pytest.warns(InputWarning, match="images of 3 development or test cases"):
-        run_module._check_origin(config, seen)
+        check_origin(config, seen)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +260,15 @@ def test_prediction_needs_neither_labels_nor_the_training_data(evaluated, phanto
     again = nib.load(written[0])
     first = nib.load(run.directory / "evaluation" / "test" / "predictions" / f"{name}.nii.gz")
     np.testing.assert_array_equal(np.asanyarray(again.dataobj), np.asanyarray(first.dataobj))
+
+
+def test_the_data_of_a_run_may_lie_elsewhere_later(opened, phantoms, tmp_path):
+    directory = opened[0].directory
+    copy = tmp_path / "moved"
+    copy.symlink_to(phantoms, target_is_directory=True)
+    assert load_run(directory, data_dir=copy).folder.root == copy
+    with pytest.raises(InputError, match=r"gone: data folder is missing.*--data_dir"):
+        load_run(directory, data_dir=tmp_path / "gone").folder  # noqa: B018
 
 
 def test_unfinished_and_missing_runs_are_told_apart(tmp_path):
@@ -338,6 +355,97 @@ def test_a_run_goes_on_without_the_one_it_started_from(pretrained, phantoms, tmp
     with pytest.raises(InputError, match="run is missing"):
         train(dataclasses.replace(config, model_dir=str(tmp_path / "new")))
     assert train(config)["initialized"] == ["encoder"]
+
+
+def test_the_settings_reach_the_model():
+    """Written out: controls of experiments rest on branch_weight=0, for one."""
+    config = TrainConfig(
+        method="bcpcpcseg", seed=3, width=16, strides=((2, 2, 1), (2, 2, 2), (2, 2, 2)),
+        precision="mixed_bfloat16", remat=True, dropout=0.3, contrastive_form="dense",
+        cube_size=(16, 16, 8), predictor_blocks=2, negatives="case", branch_weight=0.0,
+        teacher_momentum=0.5, teacher_start=0.25, pseudo_label_weight=0.125,
+        largest_component=True, train_steps=80,
+    )  # fmt: skip
+    model = make_model(config, Regions.parse("b=1,2;a=2"))
+    expected = {
+        "regions": {"names": ["b", "a"], "members": [[1, 2], [2]], "nested": True},
+        "method": "bcpcpcseg", "seed": 3, "width": 16,
+        "strides": [[2, 2, 1], [2, 2, 2], [2, 2, 2]], "dtype": "mixed_bfloat16", "remat": True,
+        "dropout": 0.3, "contrastive_form": "dense", "cube_size": [16, 16, 8],
+        "predictor_blocks": 2, "negatives": "case", "branch_weight": 0.0,
+        "teacher_momentum": 0.5, "teacher_start": 20, "pseudo_label_weight": 0.125,
+        "largest_component": True, "pretraining": False,
+    }  # fmt: skip
+    found = model.get_config()
+    assert {name: found[name] for name in found if name not in ("name", "trainable")} == expected
+
+    def make(**changes) -> Segmenter:
+        settings = {"strides": config.strides, "cube_size": (16, 16, 16), **changes}
+        return make_model(TrainConfig(**settings), Regions.exclusive(["a"]))
+
+    assert make().get_config()["branch_weight"] is None  # the default stands for the method's own
+    assert make(mode="pretrain").get_config()["pretraining"]
+
+
+def test_the_settings_reach_the_batches(phantoms, tmp_path, monkeypatch):
+    """Those of training; what is watched is not augmented."""
+    seen = {}
+
+    def watch(name: str, make):
+        def watched(*arguments, **given):
+            seen[name] = given
+            if name == "training_batches":
+                raise InterruptedError  # no need to train
+            return make(*arguments, **given)
+
+        monkeypatch.setattr(run_module, name, watched)
+
+    for name in ("training_batches", "held_out_batches"):
+        watch(name, getattr(run_module, name))
+    augmentation = {
+        "rotation_degrees": (1.0, 2.0, 3.0), "scale": 1.5, "elastic_voxels": 0.25,
+        "elastic_probability": 0.125, "flips": (True, False, False), "gamma": 1.25, "gain": 0.5,
+        "shift": 0.75, "noise": 0.625, "blur_voxels": 0.375, "blur_probability": 0.875,
+    }  # fmt: skip
+    config = settings(
+        phantoms, tmp_path / "run", seed=5, split_seed=7, labeled_per_step=1,
+        unlabeled_per_step=3, foreground_probability=0.7, **augmentation,
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        train(config)
+    common = {"foreground_probability": 0.7, "share": WHOLE}
+    assert seen["held_out_batches"] == {"per_batch": 1, "seed": 7, **common}
+    assert seen["training_batches"] == {
+        "labeled_per_step": 1, "unlabeled_per_step": 3, "steps": (0, 4), "seed": 5,
+        "augmentation": Augmentation(**augmentation), **common,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("averaging", ["none", "ema", "swa"])
+@pytest.mark.parametrize("name", ["adamw", "ranger"])
+def test_the_settings_reach_the_optimizer(name, averaging):
+    config = TrainConfig(
+        optimizer=name, weight_averaging=averaging, learning_rate=0.01, weight_decay=1e-3,
+        ema_momentum=0.75, train_steps=80, steps_per_epoch=10, warmup_steps=0,
+    )  # fmt: skip
+    optimizer = make_optimizer(config)
+    assert type(optimizer) is {"adamw": AdamW, "ranger": Ranger}[name]
+    found = optimizer.get_config()
+    expected = {
+        "decay": pytest.approx(0.1), "averaging": averaging, "average_momentum": 0.75,
+        # After the last update of the epochs that end at 70 and 80: of 80, a quarter are 20.
+        "average_start": 69, "average_period": 10,
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    weight = tf.Variable([1.0, -2.0])
+    optimizer.build([weight])
+    for _ in range(2):
+        optimizer.apply_gradients([(tf.constant([0.5, 0.25]), weight)])
+    last = weight.numpy()
+    assert (last != [1.0, -2.0]).all()
+    optimizer.finalize_variable_values([weight])
+    # No average at all; or, before the first epoch that counts, the weights themselves.
+    assert (weight.numpy() == last).all() == (averaging != "ema")
 
 
 def test_real_brain_tumours(shared_data, tmp_path):

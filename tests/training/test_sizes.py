@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from tfmtseg.models.contrastive_branch import grid_shape
-from tfmtseg.training.sizes import choose_crop, choose_cube, choose_strides, total_strides
+from tfmtseg.training.sizes import (
+    choose_crop,
+    choose_cube,
+    choose_rotation,
+    choose_strides,
+    total_strides,
+)
 
 ALL, IN_PLANE = (2, 2, 2), (2, 2, 1)
 
@@ -41,6 +47,22 @@ ALL, IN_PLANE = (2, 2, 2), (2, 2, 1)
 )
 def test_strides_by_hand(spacing_mm, size, expected):
     assert choose_strides(spacing_mm, size) == expected
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "expected"),
+    [
+        ((1, 1, 1), (15, 15, 15)),
+        ((1, 1, 1.9), (15, 15, 15)),
+        ((2.5, 2.5, 10), (0, 0, 15)),  # about z, within the slices
+        ((2.5, 2.5, 4.9999995), (0, 0, 15)),
+        ((6, 2, 2), (15, 0, 0)),
+        ((1, 1.5, 2.5), (15, 0, 15)),
+        ((1, 3, 9), (0, 0, 0)),
+    ],
+)
+def test_rotations_by_hand(spacing_mm, expected):
+    assert choose_rotation(spacing_mm) == expected
 
 
 @pytest.mark.parametrize("permutation", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])

@@ -11,15 +11,17 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tensorflow as tf
+from tfmtseg.tools import train as train_tool
 
 from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.errors import InputError
 from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.run import train
-from tfmtseg.training.strategy import make_strategy
+from tfmtseg.training.strategy import WorkerLost, make_strategy
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,10 +128,62 @@ def test_a_worker_dies_and_comes_back(config, alone, tmp_path):
     assert json.loads((run / "result.json").read_text())["num_replicas"] == 2
 
 
+class _StartedAgain(Exception):
+    pass
+
+
+def test_a_worker_gives_up_where_starting_again_does_not_help(tmp_path, monkeypatch, capsys):
+    """Such as an error of its own, which looks like that of another."""
+    checkpoints: list[str | None] = [None, None, "step-1", "step-1", "step-2"]
+    checkpoints += ["step-3"] * 6
+    monkeypatch.delenv(train_tool._LOST, raising=False)
+    monkeypatch.setattr(train_tool, "latest_checkpoint", lambda folder: checkpoints.pop(0))
+
+    def again(*command):
+        raise _StartedAgain
+
+    monkeypatch.setattr(os, "execv", again)
+    config, error = TrainConfig(model_dir=str(tmp_path)), WorkerLost("gone\ntrace")
+    for _ in range(len(checkpoints) - 1):
+        with pytest.raises(_StartedAgain):
+            train_tool._start_again(config, error)
+    assert train_tool._start_again(config, error) == 1
+    assert "lost 6 times without a new checkpoint, giving up: gone." in capsys.readouterr().err
+
+
 def test_auto_is_one_device_without_a_gpu(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
     assert make_strategy(TrainConfig()) is tf.distribute.get_strategy()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "method", "labeled", "unlabeled", "used"),
+    [
+        (1, "encdec", 2, 1, 1),
+        (2, "encdec", 2, 1, 2),
+        (3, "encdec", 2, 1, 2),  # the default of labelled patches
+        (8, "encdec", 6, 1, 6),
+        (4, "sscpcseg", 6, 4, 2),
+        (4, "sscpcseg", 4, 3, 1),
+    ],
+)
+def test_auto_takes_as_many_gpus_as_share_a_step(
+    gpus, method, labeled, unlabeled, used, monkeypatch, recwarn
+):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    monkeypatch.setattr(
+        tf.config, "list_physical_devices", lambda kind: [None] * (gpus if kind == "GPU" else 1)
+    )
+    strategy = SimpleNamespace(num_replicas_in_sync=used)
+    made = []
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda on: made.append(on) or strategy)
+    make_strategy(
+        TrainConfig(method=method, labeled_per_step=labeled, unlabeled_per_step=unlabeled)
+    )
+    assert made == ([[f"GPU:{i}" for i in range(used)]] if used > 1 else [])
+    warned = [f"{used} of {gpus} GPUs train" in str(each.message) for each in recwarn]
+    assert warned == [True] * (used < gpus)
 
 
 @pytest.mark.parametrize(

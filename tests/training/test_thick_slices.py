@@ -12,8 +12,10 @@ import pytest
 
 from tfmtseg.errors import InputError
 from tfmtseg.inference.evaluate import evaluate
+from tfmtseg.training import run as run_module
 from tfmtseg.training.config import TrainConfig, read_settings
-from tfmtseg.training.run import load_run, train
+from tfmtseg.training.finished_run import load_run
+from tfmtseg.training.run import train
 
 SPACING_MM = (1.5, 1.5, 6.0)
 SLICES = (2, 6, 17)
@@ -71,7 +73,6 @@ def settings(data: Path, model_dir: Path, **changes) -> TrainConfig:
         num_test=3,
         width=8,
         predictor_blocks=1,
-        rotation_degrees=(0.0, 0.0, 15.0),
         train_steps=2,
         steps_per_epoch=1,
     )
@@ -105,6 +106,7 @@ def test_sizes_are_chosen_and_saved(data, tmp_path):
     saved = read_settings(tmp_path / "run" / "config.yaml")
     assert saved["strides"] == [list(factors) for factors in CHOSEN]
     assert saved["crop"] == [32, 32, 6]
+    assert saved["rotation_degrees"] == [0, 0, 15]
     assert saved["cube_size"] == [16, 16, 6]
     model = json.loads((tmp_path / "run" / "model.json").read_text())["arguments"]
     assert model["strides"] == saved["strides"]
@@ -115,7 +117,11 @@ def test_sizes_are_chosen_and_saved(data, tmp_path):
 
 
 @pytest.mark.parametrize(("slices", "strides"), [(0, CHOSEN), (1, IN_PLANE)])
-def test_the_crop_does_not_depend_on_method_and_labels(data, tmp_path, slices, strides):
+def test_the_crop_does_not_depend_on_method_and_labels(
+    data, tmp_path, monkeypatch, slices, strides
+):
+    if strides == CHOSEN:  # which the test above has trained
+        monkeypatch.setattr(run_module, "_fit", lambda *arguments: (0.0, 0.0))
     config = settings(data, tmp_path / "run", method="encdec", num_labeled=1, crop=(32, 32, slices))
     train(config)
     run = load_run(tmp_path / "run")
@@ -126,7 +132,8 @@ def test_the_crop_does_not_depend_on_method_and_labels(data, tmp_path, slices, s
     }
     assert slices_of_labelled != 6
     assert run.config.crop == (32, 32, slices or 6)
-    check_predictions(tmp_path / "run", data)
+    if strides != CHOSEN:
+        check_predictions(tmp_path / "run", data)
 
 
 def test_crops_that_do_not_fit_are_refused_with_a_mend(data, tmp_path):

@@ -30,10 +30,11 @@ from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import write_text
 from tfmtseg.regions import MAX_LABEL, Regions
 
-MAX_JSON_BYTES = 2**22  # of a dataset.json, which costs up to 30 times as much memory
+MAX_TEXT_BYTES = 2**22  # a dataset.json costs up to 30 times as much memory
 MAX_JSON_DEPTH = 20
 MAX_CASES = 50_000
 
+_MASK_FILE = re.compile(r"(.+?)[_-](?:seg|segmentation|label|labels|mask|gt)", re.IGNORECASE)
 _MODALITY_FILE = re.compile(r"(.+)_(\d{4})")  # nnU-Net's CASE_0000, without the suffix
 
 
@@ -285,10 +286,40 @@ def _repeated(names: Sequence[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
+def read_text(
+    path: Path,
+    root: str | os.PathLike[str] | None,
+    allow_root: str | os.PathLike[str] | None = None,
+) -> str:
+    """Reads a text file that describes data; a byte order mark is skipped.
+
+    Args:
+        path: The file.
+        root: The data folder that it has to lie in; `None` for a file that the user named.
+        allow_root: Another folder that a link in the data folder may lead into.
+
+    Raises:
+        InputError: If it lies elsewhere, is no regular file, too large, or no UTF-8 text.
+    """
+    if root is not None:
+        data_root = _Root(Path(root), Path(allow_root) if allow_root else None)
+        if not data_root.holds(path):
+            raise _link_outside(path, "file")
+    fix = "correct the file, or restore it from where it came"
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(path, "file", "a folder or a pipe", "a regular file", fix)
+        if status.st_size > MAX_TEXT_BYTES:
+            limit = f"at most {MAX_TEXT_BYTES} (the limit)"
+            raise InputError(path, "size", f"{status.st_size} bytes", limit, fix)
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, "file", f"unreadable ({error})", "UTF-8 text", fix) from None
+
+
 def _read_json(root: _Root, path: Path) -> dict[str, Any]:
-    """A JSON object without repeated keys; a byte order mark is skipped."""
-    if not root.holds(path):
-        raise _link_outside(path, "file")
+    """A JSON object without repeated keys."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
@@ -301,21 +332,13 @@ def _read_json(root: _Root, path: Path) -> dict[str, Any]:
         return content
 
     fix = "correct the file, or restore it from where it came"
+    text = read_text(path, root.path, root.allow_root)
+    if not text.strip():
+        raise InputError(path, "file", "empty", "a JSON object", fix)
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(path, "file", "a folder or a pipe", "a regular file", fix)
-        if status.st_size > MAX_JSON_BYTES:
-            limit = f"at most {MAX_JSON_BYTES} (the limit)"
-            raise InputError(path, "size", f"{status.st_size} bytes", limit, fix)
-        text = path.read_text(encoding="utf-8-sig")
-        if not text.strip():
-            raise InputError(path, "file", "empty", "a JSON object", fix)
         content = json.loads(text, object_pairs_hook=unique)
     except InputError:  # which is a ValueError
         raise
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, "file", f"unreadable ({error})", "UTF-8 text", fix) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise InputError(path, "JSON", f"bad at {where} ({error.msg})", "valid", fix) from None
@@ -861,6 +884,15 @@ def _scan_plain(root: _Root, regions: Regions | None) -> tuple[DataFolder | None
         )
         for stem in _repeated(stems)
     ]  # fmt: skip
+    for stem in stems:
+        mask = _MASK_FILE.fullmatch(stem)
+        if mask and {mask[1], f"{mask[1]}_0000"} & set(stems):
+            warnings.warn(
+                f"{root.path}: {stem} looks like the label map of {mask[1]}, but without a "
+                "dataset.json every file counts as an image. Move label maps elsewhere.",
+                InputWarning,
+                stacklevel=2,
+            )
     most = 1 + max((max(group) for group in groups.values()), default=0)
     errors += [
         InputError(

@@ -29,11 +29,14 @@ class Findings:
         num_cases: Cases looked at.
         errors: What keeps a case, or the folder, from being used.
         warnings: What is used although it is odd; each text starts with a path.
+        images_only: Whether it is a plain folder, which serves for further images and
+            predictions, but not as the data folder of a training.
     """
 
     num_cases: int
     errors: tuple[InputError, ...]
     warnings: tuple[str, ...]
+    images_only: bool = False
 
 
 @dataclass
@@ -54,8 +57,7 @@ def check_data_folder(
 ) -> Findings:
     """Reads every image and every label of a data folder, and writes nothing.
 
-    Every file goes the way it goes before a training: what passes here does not stop
-    a training later.
+    Every file goes the way it goes before a training.
 
     Args:
         root: The data folder.
@@ -82,7 +84,7 @@ def check_data_folder(
             usual = np.median(np.array(list(spacings.values())), axis=0).tolist()
             warn_about_spacing(spacings, usual, "the data set's median")
     texts = [str(item.message) for item in caught if issubclass(item.category, InputWarning)]
-    return Findings(len(cases), tuple(errors), tuple(texts))
+    return Findings(len(cases), tuple(errors), tuple(texts), bool(folder and folder.plain))
 
 
 def _check_case(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
 import re
 import warnings
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tfmtseg.data.cases import read_case_list, write_case_list
+from tfmtseg.data.cases import read_case_list, read_text, write_case_list
 from tfmtseg.errors import InputError, InputWarning
 
 
@@ -57,23 +58,29 @@ def subject_of(name: str, regex: str = "", ids_per_subject: int = 1) -> str:
     return str((int(subject) - 1) // ids_per_subject + 1) if ids_per_subject > 1 else subject
 
 
-def read_groups(path: str | os.PathLike[str]) -> dict[str, str]:
+def read_groups(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str] | None = None,
+    allow_root: str | os.PathLike[str] | None = None,
+) -> dict[str, str]:
     """Reads which group each case belongs to.
 
     Args:
         path: CSV file with the columns `case` and `group`; others are not looked at.
+        root: The data folder that it has to lie in; `None` for any place.
+        allow_root: Another folder that a link in the data folder may lead into.
 
     Returns:
         Groups by case name.
 
     Raises:
-        InputError: If the file cannot be read, lacks a column, or names a case twice.
+        InputError: If the file cannot be read, lies elsewhere, lacks a column, or names a
+            case twice.
     """
     fix = "correct the file or --groups_file"
     try:
-        with Path(path).open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(io.StringIO(read_text(Path(path), root, allow_root))))
+    except csv.Error as error:
         raise InputError(
             path, "groups file", f"unreadable ({error})", "a CSV file", fix
         ) from None  # fmt: skip
@@ -231,7 +238,8 @@ def make_splits(
         )  # fmt: skip
     labeled = [name for unit in units[: num_labeled or len(units)] for name in unit]
 
-    others = [name for name in (*pool, *unlabelled) if name not in labeled]
+    chosen = set(labeled)
+    others = [name for name in (*pool, *unlabelled) if name not in chosen]
     everyone = labelled | unlabelled
     unlabeled = [name for name in others if everyone[name] not in held_out]
     _warn_about_left_out(set(everyone) - {*labeled, *unlabeled, *development, *test})

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Sequence
 from math import prod
 from statistics import mean, median
 
 from tfmtseg.experiment.plan import Arm, Experiment, Run, steps_made
 from tfmtseg.experiment.results import Results, RunResult
+from tfmtseg.memory import GB, available_memory_gb
 from tfmtseg.models.methods import METHODS
-from tfmtseg.training.run import MAX_CROP
+from tfmtseg.processor import processor_name
+from tfmtseg.training.memory import training_memory_gb
+from tfmtseg.training.sizes import MAX_CROP, choose_cube
 
 # The rule for arms without a finished run, from trials on one core of a two-core server
 # with crops of 32 x 48 x 32 and 96 x 96 x 8 and a width of 8.
@@ -18,13 +21,11 @@ _SECONDS_PER_VOXEL = 2e-6  # of every patch of a step, at a width of 8, in propo
 _BRANCH_FACTOR = 2  # for a second task
 _START_SECONDS = 60  # TensorFlow's start and graphs, in training and evaluation
 _SECONDS_PER_TEST_CASE = 0.5
-_START_MIB = 700
-_MAPS = 100  # float32 maps of the first level's size and width that a step keeps
 
 RULE = (
     f"patches of a step x voxels x width / 8 x {_SECONDS_PER_VOXEL * 1e6:g} microseconds, "
-    f"x {_BRANCH_FACTOR} with a second task, and {_START_SECONDS} s; memory: {_START_MIB} MiB "
-    f"and {_MAPS} float32 maps; easily wrong by a factor of 3"
+    f"x {_BRANCH_FACTOR} with a second task, and {_START_SECONDS} s; easily wrong by a factor of "
+    "3; memory: at most about that"
 )
 
 
@@ -40,7 +41,8 @@ class Estimates:
         self.experiment = experiment
         self.by_kind: dict[object, list[RunResult]] = {}
         ratios = []
-        for run in results.runs.values():
+        here = [r for r in results.runs.values() if r.processor == processor_name()]
+        for run in here or results.runs.values():
             arm = experiment.arms.get(run.arm)
             if arm is not None:  # the shape prior is none
                 self.by_kind.setdefault(arm.kind, []).append(run)
@@ -61,7 +63,16 @@ class Estimates:
         """Highest memory."""
         finished = self.by_kind.get(run.arm.kind, [])
         measured = max((other.memory_mib for other in finished), default=0)
-        return measured or _START_MIB + _MAPS * 4 * self._values_per_step(run.arm) / 2**20
+        if measured:
+            return measured
+        config = self.experiment.config(run)
+        if not all((*config.crop, *config.cube_size)):  # left to the data, which may be large
+            x, y, z = (size or MAX_CROP for size in config.crop)
+            level = (1 + (x >= 32), 1 + (y >= 32), 1 + (z >= 32))
+            strides = config.strides if config.has_strides else (level, level, level)
+            cube_size = choose_cube((x, y, z), strides)
+            config = dataclasses.replace(config, crop=(x, y, z), cube_size=cube_size)
+        return training_memory_gb(config, parameters=0) * GB / 2**20
 
     def source(self, run: Run) -> str:
         """Where the figures of a run come from."""
@@ -118,7 +129,7 @@ def describe_plan(
         f"{len(memory)} of {len(runs)} runs to make: {duration(total)} one after the other; "
         f"--parallel={parallel}: {duration(total / max(side_by_side, 1))} or somewhat more, "
         f"{sum(sorted(memory)[-side_by_side:]) / 1024 if memory else 0:.1f} GiB of "
-        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB memory."
+        f"{available_memory_gb() * GB / 2**30:.1f} GiB free memory."
     )
     if any(estimates.source(run).startswith("rule") for run in runs if run.key not in results.runs):
         lines.append(f"Rule: {RULE}.")

@@ -3,7 +3,7 @@
 An experiment's folder holds
 
     results/settings.yaml     settings of all runs, as tools/train.py reads them
-    results/experiment.yaml   the arms, and threads per run
+    results/experiment.yaml   the arms, threads per run, and what the claims are about
     results/...               see `tfmtseg.experiment.results` and `.report`
     runs/ARM/nN_seedS/        the run: see `tfmtseg.training.run`; with log.txt
     cache/                    preprocessed volumes, shared by the runs
@@ -45,7 +45,8 @@ TEACHER_SETTINGS = {"pseudo_label_weight", "teacher_momentum", "teacher_start"}
 # no rivals: the claims are about the second task.
 TASK_SETTINGS = CONTRAST_SETTINGS | TEACHER_SETTINGS | {"unlabeled_per_step"}
 # What the experiment itself sets for each run.
-OWN_SETTINGS = {"data_dir", "model_dir", "cache_dir", "method", "num_labeled", "seed"}
+OWN_SETTINGS = {"data_dir", "model_dir", "cache_dir", "mode", "method", "num_labeled", "seed"}
+FEW = (3, 6)  # numbers of labelled cases that the claims are about, unless others are asked for
 Kind = tuple[str, tuple[tuple[str, Any], ...]]  # method and settings
 _ARM_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -246,6 +247,7 @@ class Experiment:
         arms: By name.
         threads: Threads of each run. Its numbers depend on it in the last digits.
         data_dir: The data folder, wherever it lies this time.
+        few: Numbers of labelled cases that the claims are about.
     """
 
     directory: Path
@@ -253,6 +255,7 @@ class Experiment:
     arms: Mapping[str, Arm]
     threads: int
     data_dir: str = ""
+    few: tuple[int, ...] = FEW
 
     @property
     def results(self) -> Path:
@@ -300,6 +303,7 @@ class Experiment:
         write_text(self.results / "settings.yaml", self.settings.to_yaml())
         content = {
             "threads": self.threads,
+            "few": [count_text(count) for count in self.few],
             "arms": {
                 arm.name: {
                     "method": arm.method,
@@ -334,7 +338,8 @@ class Experiment:
                 config = TrainConfig.from_mapping(arm["settings"], str(files[1]))
                 values = {setting: getattr(config, setting) for setting in arm["settings"]}
                 arms[name] = Arm(name, arm["method"], values)
-            return cls(directory, settings, arms, int(content["threads"]))
+            few = tuple(parse_counts(content.get("few", [*map(count_text, FEW)])))
+            return cls(directory, settings, arms, int(content["threads"]), few=few)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 files[1], "experiment", f"damaged ({type(error).__name__}: {error})",
@@ -369,7 +374,12 @@ def read_base_settings(
 
 
 def open_experiment(
-    directory: Path, data_dir: str, settings: TrainConfig, arms: Sequence[Arm], threads: int
+    directory: Path,
+    data_dir: str,
+    settings: TrainConfig,
+    arms: Sequence[Arm],
+    threads: int,
+    few: Sequence[int] = (),
 ) -> Experiment:
     """A new experiment, or the one in `directory` with further arms.
 
@@ -379,15 +389,18 @@ def open_experiment(
         settings: Of all runs.
         arms: Those asked for now.
         threads: Threads of each run.
+        few: Numbers of labelled cases that the claims are about; by default as before.
 
     Raises:
         InputError: If the folder holds an experiment with other settings, or an arm of
             one of these names that is another.
     """
     known: dict[str, Arm] = {}
+    few = tuple(few)
     if (directory / "results" / "experiment.yaml").exists():
         before = Experiment.read(directory)
         known = dict(before.arms)
+        few = few or before.few
         old = {**dataclasses.asdict(before.settings), "threads": before.threads}
         new = {**dataclasses.asdict(settings), "threads": threads}
         both = [arm for arm in arms if arm.name in known]
@@ -401,7 +414,7 @@ def open_experiment(
                     "settings of this experiment",
                 )  # fmt: skip
     arms_by_name = {**known, **{arm.name: arm for arm in arms}}
-    return Experiment(directory, settings, arms_by_name, threads, data_dir)
+    return Experiment(directory, settings, arms_by_name, threads, data_dir, few or FEW)
 
 
 def plan_runs(

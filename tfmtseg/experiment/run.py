@@ -160,6 +160,7 @@ def _start(experiment: Experiment, run: Run, tools: Path, held: int) -> _Job:
     data_dir = str(Path(experiment.data_dir).resolve())
     train = [str(tools / "train.py"), *experiment.train_flags(run, data_dir, root)]
     evaluate = [str(tools / "evaluate.py"), f"--model_dir={directory.resolve()}"]
+    evaluate.append(f"--data_dir={data_dir}")
     return _Job(run, [evaluate], _launch(experiment, run, train, held))
 
 

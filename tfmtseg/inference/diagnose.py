@@ -30,23 +30,28 @@ from tfmtseg.models.branch import Batch
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops import retrieval_accuracy
 from tfmtseg.ops.seed import Seed
-from tfmtseg.training.run import Run, load_run
+from tfmtseg.training.finished_run import Run, load_run
 
 ROUNDS = 4  # patches of each case
 PROBE_VOXELS = 4096  # of each training patch and level that the probe learns from
 RIDGE = 1e-4  # factor of the squared weights of the probe
 
 
-def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> dict[str, Any]:
+def diagnose(
+    model_dir: str | os.PathLike[str],
+    split: str = "development",
+    data_dir: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
     """Measures a finished run and writes `MODEL_DIR/diagnosis/SPLIT.json`.
 
     The probe learns from the run's labelled cases, the means of the search by place come
-    from all training cases of its data folder (not of `unlabeled_dir`). Patches are
-    fixed by the run's seed.
+    from all training cases of its data folder (not of `unlabeled_dir`). Patches are the same
+    for all runs on the same cases.
 
     Args:
         model_dir: Folder of the run; a pretraining will do.
         split: `"test"` or `"development"`: the cases to measure on.
+        data_dir: See `load_run`.
 
     Returns:
         What is written: `contrast` with `loss`, `accuracy`, `chance` (nats) and
@@ -56,7 +61,7 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
     Raises:
         InputError: If the folder holds no finished run, or the split is empty.
     """
-    run = load_run(model_dir, segments=False)
+    run = load_run(model_dir, segments=False, data_dir=data_dir)
     config = run.config
     labelled, held_out = cases_of(run, "labeled"), cases_of(run, split)
     known = {case.name: case for case in run.folder.cases}
@@ -80,16 +85,19 @@ def diagnose(model_dir: str | os.PathLike[str], split: str = "development") -> d
 
 
 def _patches(
-    run: Run, records: Sequence[Record], per_batch: int
+    run: Run, records: Sequence[Record], per_batch: int, number: int = 0
 ) -> Iterator[tuple[tf.Tensor, np.ndarray]]:
-    """Images and label maps of `ROUNDS` patches of each case, unchanged, in any order."""
+    """Images and label maps of `ROUNDS` patches of each case, unchanged, in any order.
+
+    Calls with other numbers cut at other places.
+    """
     for i in range(ROUNDS):
         batches = held_out_batches(
             records,
             run.config.crop,
             per_batch=per_batch,
             foreground_probability=run.config.foreground_probability,
-            seed=run.config.seed + i,
+            seed=ROUNDS * number + i,
         )
         for images, labels, _ in batches:
             yield images, labels.numpy()
@@ -147,8 +155,8 @@ def _batch(model: Segmenter, images: tf.Tensor) -> Batch:
 def accuracy_by_place(means: np.ndarray, keys: tf.Tensor) -> float:
     """How many keys are found by the mean key of their place.
 
-    The candidates are those of the contrastive task: all keys but those at the same
-    place in other cases.
+    All places are asked for, whichever the contrastive task asks for. The candidates are all
+    keys but those at the same place in other cases, as are its own with global negatives.
 
     Args:
         means: Float32, `(places, length)`.
@@ -169,8 +177,8 @@ def _probe(run: Run, training: Sequence[Record], held_out: Sequence[Record]) -> 
     """Mean Dice score over cases and regions of a linear probe on each level."""
     chosen = np.random.default_rng(run.config.seed)
     samples: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-    for record in tqdm(training, desc="Probe: features", unit="case"):
-        for images, labels in _patches(run, [record], 1):
+    for number, record in enumerate(tqdm(training, desc="Probe: features", unit="case")):
+        for images, labels in _patches(run, [record], 1, number):
             for level, (features, masks) in _features(run.model, images, labels).items():
                 some = chosen.permutation(len(features))[:PROBE_VOXELS]
                 samples.setdefault(level, []).append((features[some], masks[some]))
@@ -179,9 +187,9 @@ def _probe(run: Run, training: Sequence[Record], held_out: Sequence[Record]) -> 
         for level, pairs in samples.items()
     }
     found: dict[str, list[float]] = {level: [] for level in probes}
-    for record in tqdm(held_out, desc="Probe: scores", unit="case"):
+    for number, record in enumerate(tqdm(held_out, desc="Probe: scores", unit="case")):
         pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {level: [] for level in probes}
-        for images, labels in _patches(run, [record], 1):
+        for images, labels in _patches(run, [record], 1, number):
             for level, (features, masks) in _features(run.model, images, labels).items():
                 pairs[level].append((probes[level].predict(features), masks))
         for level in probes:

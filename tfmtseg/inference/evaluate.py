@@ -37,7 +37,7 @@ from tfmtseg.inference.predict import (
 from tfmtseg.inference.report import CaseVolumes, RunReport, write_report
 from tfmtseg.inference.shape_prior import ShapePrior
 from tfmtseg.metrics.scores import SURFACE_TOLERANCE_MM, CaseScores, score_case, summarize
-from tfmtseg.training.run import Run, load_run
+from tfmtseg.training.finished_run import Run, load_run
 
 
 def evaluate(
@@ -46,6 +46,7 @@ def evaluate(
     max_memory_gb: float = 0.0,
     flips: bool = False,
     surface_tolerance_mm: float = SURFACE_TOLERANCE_MM,
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Segments and scores every case of a split; see the module for what is written.
 
@@ -58,6 +59,7 @@ def evaluate(
         max_memory_gb: See `windows_per_call`.
         flips: See `predict_volume`.
         surface_tolerance_mm: See `score_case`.
+        data_dir: See `load_run`.
 
     Returns:
         The content of `summary.json`.
@@ -72,7 +74,7 @@ def evaluate(
             "--surface_tolerance_mm", "value", surface_tolerance_mm, "a length of 0 mm or more",
             f"choose {SURFACE_TOLERANCE_MM:g}",
         )  # fmt: skip
-    run = load_run(model_dir)
+    run = load_run(model_dir, data_dir=data_dir)
     cases = cases_of(run, split)
     labelled = cases_of(run, "labeled")
     geometries = check_headers([*cases, *labelled], len(run.modalities))

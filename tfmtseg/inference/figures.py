@@ -18,6 +18,8 @@ from tfmtseg.regions import Regions
 
 _REGION_COLORS = ("#14b8a6", "#f59e0b", "#e11d48", "#8b5cf6", "#3b82f6", "#84cc16")
 _RUN_COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#be123c", "#0891b2", "#a16207")
+# Marker and line; the next for each time that the colours are used up.
+_STYLES = (("o", "-"), ("s", "-."), ("D", ":"))
 _INK, _MUTED, _GRID = "#1e293b", "#64748b", "#e2e8f0"
 _DPI = 220
 _LABEL_LENGTH = 32  # characters of a legend's entry
@@ -160,14 +162,15 @@ def draw_label_efficiency(
         # Beside each other, so that intervals do not hide each other.
         x = np.array(line.places) + 0.4 * ((index + 0.5) / len(lines) - 0.5)
         color = _MUTED if line.dashed else run_color(index)
+        marker, style = _STYLES[index // len(_RUN_COLORS) % len(_STYLES)]
         low, high = np.transpose(line.intervals)
         axes.plot(
-            x, line.means, color=color, label=_plain(line.label), marker="o", markersize=4,
-            linewidth=1.2, linestyle=(0, (3, 2)) if line.dashed else "-",
+            x, line.means, color=color, label=_plain(line.label), marker=marker, markersize=4,
+            linewidth=1.2, linestyle=(0, (3, 2)) if line.dashed else style,
         )  # fmt: skip
         few = np.array(line.hollow, bool)
         axes.plot(
-            x[few], np.array(line.means)[few], color=color, marker="o", markersize=4,
+            x[few], np.array(line.means)[few], color=color, marker=marker, markersize=4,
             linestyle="", markerfacecolor="white", zorder=3,
         )  # fmt: skip
         axes.vlines(x, low, high, color=color, linewidth=1.2, alpha=0.7)

@@ -19,7 +19,7 @@ from tfmtseg.data.preprocess import WORKING_BYTES, Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors
 from tfmtseg.inference.sliding_window import host_bytes, sliding_window_logits, with_flips
 from tfmtseg.memory import GB, available_memory_gb, resident_memory_gb
-from tfmtseg.training.run import Run, load_run
+from tfmtseg.training.finished_run import Run, load_run
 
 CALL_VOXELS = 96**3
 # What a call takes at its peak: in arrays of the size of the first level's features, and

@@ -32,8 +32,9 @@ _LOSS_NAMES = {
     "cpc_loss": "Contrastive loss (InfoNCE)",
     "vae_loss": "Variational loss (reconstruction and KL divergence)",
     "boundary_loss": "Boundary loss (soft Dice and cross-entropy)",
+    "dense_loss": "Contrastive loss between voxels (InfoNCE)",
+    "class_loss": "Contrastive loss between classes",
 }
-_CHANCE = {"cpc_loss": "cpc_chance"}  # what a loss is when nothing was learned
 
 
 @dataclass(frozen=True)
@@ -268,7 +269,7 @@ def _loss_curves(
         if loss is None:
             continue
         curves.append(Curve("" if single else run.name, run_color(index), steps, loss))
-        chance = _mean_column(run, [_CHANCE[column]]) if column in _CHANCE else None
+        chance = _mean_column(run, [f"{column.removesuffix('_loss')}_chance"])
         if chance is not None:
             curves.append(Curve("", run_color(index), steps, chance, dashed=True))
     return curves

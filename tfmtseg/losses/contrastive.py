@@ -15,8 +15,8 @@ from tfmtseg.ops import info_nce
 class InfoNCE(keras.losses.Loss):
     """Row `i` of the predictions has to find row `i` of the targets among all rows.
 
-    Not for models compiled with `jit_compile=True`, unless `implementation` is
-    `"reference"`.
+    The native op has no XLA form: give `compile` `jit_compile=False` (Keras 3 uses XLA by
+    itself where there is a GPU), or set `implementation="reference"`.
 
     Args:
         temperature: Positive number.

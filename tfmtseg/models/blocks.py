@@ -33,14 +33,16 @@ class Convolution(keras.layers.Conv3D):
 
     On CPUs with AVX-512 but not AMX, the gradient of a 3x3x3 kernel is wrong, at times
     infinite, where the volume has two voxels along its first axis (TensorFlow 2.15 to
-    2.21). With a third layer of zeros, which "same" padding adds anyway, it is right.
+    2.21). With a third layer of zeros, which "same" padding adds anyway, it is right. It is
+    not padded on: without a gradient, TensorFlow fuses padding, convolution and bias into an op
+    that gives garbage here.
     """
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """As that of Keras."""
         unsafe = x.dtype == tf.bfloat16 and x.shape[1] == 2 and self.strides[0] == 1
         if unsafe and self.kernel_size[0] > 1:
-            return super().call(tf.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0), (0, 0))))[:, :2]
+            return super().call(tf.concat([x, tf.zeros_like(x[:, :1])], 1))[:, :2]
         plain = self.kernel_size == (3, 3, 3) and self.strides == (1, 1, 1)
         if plain and pays(x, self.filters):
             kernel, bias = tf.cast(self.kernel, x.dtype), tf.cast(self.bias, x.dtype)

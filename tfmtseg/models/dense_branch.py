@@ -49,17 +49,17 @@ class DenseContrastiveBranch(Branch):
 
     Offsets differ, so that no place can be told by its distance from the border. Places
     are `SPACING` voxels apart, so that near neighbours, which look alike, are not among
-    the negatives. All volumes have the same offsets: where volumes are aligned, the same
-    place of another case shows the same anatomy. Such a key is left out, or, with
-    `across_cases`, one more positive.
+    the negatives. All volumes have the same offsets: where they are aligned, whole but for
+    little, and not mirrored, the same place of another case shows the same anatomy. Such a
+    key is left out, or, with `across_cases`, one more positive.
 
     Labels are not used; labelled and unlabelled volumes take part alike.
 
     Args:
         width: Channels of the decoder's features.
         strides: As for the encoder.
-        across_cases: Whether the same place of other cases is a positive key. For
-            aligned data.
+        across_cases: Whether the same place of other cases is a positive key: for aligned
+            data, in patches that hold most of a volume.
         negatives: Which cases the keys come from: `"case"`, `"batch"` or `"global"`, see
             `contrast`.
         **kwargs: As for every Keras layer.

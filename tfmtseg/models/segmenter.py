@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.dense_branch import DenseContrastiveBranch
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
+from tfmtseg.models.step_batch import Kind, check_labels, sort_volumes, stand_in, unpack
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.models.views import another_view
@@ -318,9 +318,21 @@ class Segmenter(compat.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """See the class."""
+        self._check_size(images)
         levels = self.encoder(images, seed=self._seed(0) if training else None)
         features = self._branch_features(levels)
         return self._logits(self.decoder(levels), features)
+
+    def _check_size(self, images: tf.Tensor) -> None:
+        """Refuses sizes that the levels cannot halve; of one voxel, they would grow."""
+        totals = np.prod(self.encoder.strides, axis=0).tolist()
+        sizes = images.shape[1:4]
+        known = [pair for pair in zip(sizes, totals, strict=True) if pair[0] is not None]
+        if any(size % total for size, total in known):
+            raise ValueError(
+                f"images: size is {tuple(sizes)}, must be multiples of {tuple(totals)}, the "
+                "product of the strides. Fix: pad or crop them, or choose other strides."
+            )
 
     def _branch_features(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
         return None if self.branch is None else self.branch.features(levels)
@@ -359,25 +371,26 @@ class Segmenter(compat.Model):
             This replica's part of the loss to minimise, what the trackers show, what the
             metrics need, and how many volumes of the global batch each shown mean is over.
         """
-        images, labels, labeled = _unpack(data)
+        images, labels, labeled = unpack(data)
+        self._check_size(images)
         if not self.built:  # `fit` on a new model comes here before any call
             self.build(images.shape)
         if self.pretraining:
             labeled = tf.zeros_like(labeled)
         if replicas.count() > 1:
-            images, labels, labeled, real = _stand_in(images, labels, labeled)
+            images, labels, labeled, real = stand_in(images, labels, labeled)
         else:
             real = tf.ones_like(labeled)
-        kinds, some_unlabeled = _kinds(labeled, real)
+        kinds, some_unlabeled = sort_volumes(labeled, real)
         whole, with_label, without = kinds["images"], kinds["labels"], kinds["others"]
 
-        def seed(purpose: int, kind: _Kind) -> Seed:
+        def seed(purpose: int, kind: Kind) -> Seed:
             return self._seed(purpose, kind.first) if training else Seed.fixed(kind.first)
 
         def encode(
             images: tf.Tensor,
             purpose: int,
-            kind: _Kind,
+            kind: Kind,
             rows: int = 1,
             first: tf.Tensor | int = 0,
             view: int = 0,
@@ -392,7 +405,7 @@ class Segmenter(compat.Model):
         labels = tf.boolean_mask(labels, with_label.chosen)
         others = tf.boolean_mask(images, without.chosen)
         if not self.regions.nested and not self.pretraining:
-            labels = _known_labels(labels, weights, self.regions.num_outputs)
+            labels = check_labels(labels, weights, self.regions.num_outputs)
         levels = branch_levels = {}
         if self.branch is not None and self.branch.encodes_all:
             # One pass of the encoder for the branch and the decoder.
@@ -458,7 +471,7 @@ class Segmenter(compat.Model):
         teacher: Teacher,
         labelled: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
         others: tf.Tensor,
-        kind: _Kind,
+        kind: Kind,
         taught: tf.Tensor,
         seeds: tuple[Seed, Seed | None],
     ) -> tuple[tf.Tensor, Segmented]:
@@ -605,7 +618,8 @@ class Segmenter(compat.Model):
         Keras' own would hold the native ops, which no other program knows, and the size that
         the model was built with. Its `serving_default` takes `images` as `call` does, which
         have to be normalised as those of the training, and returns `logits` and `labels`,
-        `uint8`. For volumes in any units, in windows, see `tools/export.py`.
+        `uint8`. Sizes that the strides do not divide are filled up with zeros, the mean of
+        normalised images. For volumes in any units, in windows, see `tools/export.py`.
 
         Args:
             filepath: A new folder.
@@ -618,7 +632,11 @@ class Segmenter(compat.Model):
             raise ValueError("model: it is not built, must be. Fix: call fit or build first.")
 
         def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            logits = self(images, training=False)
+            size = tf.shape(images)[1:4]
+            missing = -size % np.prod(self.encoder.strides, axis=0)
+            padding = tf.pad(tf.stack([tf.zeros_like(size), missing], 1), [[1, 1], [0, 0]])
+            x, y, z = tf.unstack(size)
+            logits = self(tf.pad(images, padding), training=False)[:, :x, :y, :z]
             return {"logits": logits, "labels": tf.cast(label_map(logits, self.regions), tf.uint8)}
 
         shape = (None, None, None, None, self._built_for[-1])
@@ -650,94 +668,6 @@ class Segmenter(compat.Model):
         self.optimizer.build(self.trainable_variables)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """Volumes of the global batch that something is learned from, as a replica sees them.
-
-    Args:
-        chosen: Booleans, `(batch,)`: those of this replica. Where it has none, all its
-            volumes stand in for them, because convolutions refuse empty batches.
-        share: Float32, `()`: the fraction that this replica has, 0 with stand-ins.
-        first: `int32`, `()`: how many the replicas before have.
-        count: Float32, `()`: how many there are in the global batch.
-    """
-
-    chosen: tf.Tensor
-    share: tf.Tensor
-    first: tf.Tensor
-    count: tf.Tensor
-
-
-def _kinds(labeled: tf.Tensor, real: tf.Tensor) -> tuple[dict[str, _Kind], tf.Tensor]:
-    """Sorts the volumes of a batch.
-
-    Args:
-        labeled: Booleans, `(batch,)`.
-        real: False for volumes that count nowhere.
-
-    Returns:
-        All `"images"`; those with `"labels"`; the `"others"`, without (with, where every
-        volume of the global batch has one). And whether there is one without.
-    """
-    masks = labeled, real & ~labeled
-    own = tf.stack([tf.math.count_nonzero(mask, dtype=tf.int32) for mask in masks])
-    counts = replicas.gather(own[None])
-    some_unlabeled = tf.reduce_sum(counts[:, 1]) > 0
-
-    def kind(mask: tf.Tensor, counts: tf.Tensor) -> _Kind:
-        ours = tf.math.count_nonzero(mask, dtype=tf.float32)
-        count = tf.cast(tf.reduce_sum(counts), tf.float32)
-        return _Kind(
-            chosen=mask | ~tf.reduce_any(mask),
-            share=tf.math.divide_no_nan(ours, count),
-            first=replicas.rows_before(counts),
-            count=count,
-        )
-
-    kinds = {
-        "images": kind(real, tf.reduce_sum(counts, 1)),
-        "labels": kind(labeled, counts[:, 0]),
-        "others": kind(
-            tf.where(some_unlabeled, masks[1], labeled),
-            tf.where(some_unlabeled, counts[:, 1], counts[:, 0]),
-        ),
-    }
-    return kinds, some_unlabeled
-
-
-def _known_labels(labels: tf.Tensor, weights: tf.Tensor, count: int) -> tf.Tensor:
-    """The labels, if those that count are below `count`: a mask of 0 and 255 teaches nothing."""
-    message = (
-        f"labels: must be 0 for background to {count - 1} for the last region. Fix: renumber them, "
-        "such as a mask of 0 and 255 to 0 and 1, or give as many regions as there are labels."
-    )
-    # As floats, because GPUs leave sums of integers to the CPU.
-    shown = tf.where(weights[:, None, None, None] > 0, tf.cast(labels, tf.float32), 0.0)
-    checks = [
-        tf.debugging.assert_less(tf.reduce_max(shown), float(count), message),
-        tf.debugging.assert_non_negative(tf.reduce_min(shown), message),
-    ]
-    with tf.control_dependencies([check for check in checks if check is not None]):
-        return tf.identity(labels)
-
-
-def _stand_in(
-    images: tf.Tensor, labels: tf.Tensor, labeled: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """A volume of zeros for a replica without any: a last batch may be smaller.
-
-    Returns:
-        The arguments, and `(batch,)`, False for that volume.
-    """
-    missing = tf.cast(tf.equal(tf.shape(images)[0], 0), tf.int32)
-
-    def filled(values: tf.Tensor) -> tf.Tensor:
-        shape = tf.concat([[missing], tf.shape(values)[1:]], 0)
-        return tf.concat([values, tf.zeros(shape, values.dtype)], 0)
-
-    return filled(images), filled(labels), filled(labeled), filled(tf.ones_like(labeled))
-
-
 def _overflow_of_any(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | None]:
     """Gradients that are NaN on all replicas where those of any are not finite.
 
@@ -757,25 +687,3 @@ def _overflow_of_any(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | 
 def _mean(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:
     """Weighted mean, 0 without any weight."""
     return tf.math.divide_no_nan(tf.reduce_sum(values * weights), tf.reduce_sum(weights))
-
-
-def _unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Images, `int32` labels `(batch, x, y, z)` and boolean flags `(batch,)` of a batch."""
-    if not isinstance(data, (tuple, list)) or len(data) not in (2, 3):
-        raise ValueError(
-            f"dataset: an element is a {type(data).__name__}, must be (images, labels) or "
-            "(images, labels, labeled). Fix: change what the dataset yields."
-        )
-    images, labels = data[:2]
-    labels = tf.cast(labels, tf.int32)
-    if labels.shape.rank == 5 and labels.shape[-1] == 1:
-        labels = labels[..., 0]
-    if labels.shape.rank != 4:
-        raise ValueError(
-            f"labels: shape is {labels.shape}, must be (batch, x, y, z). "
-            "Fix: give integer label maps, not one-hot channels."
-        )
-    labeled = data[2] if len(data) == 3 else None
-    if labeled is None:  # as `train_on_batch` of Keras 3 gives it
-        labeled = tf.ones(tf.shape(images)[:1])
-    return images, labels, tf.reshape(tf.cast(labeled, tf.float32), [-1]) > 0

@@ -69,6 +69,22 @@ _INSTALL_NVCC = (
     "install the CUDA toolkit, 12 or newer, with nvcc on PATH, or build without CUDA "
     "(python -m tfmtseg.ops.build --no-cuda, then set TFMTSEG_NATIVE_OPS=0)"
 )
+# What compilers, linkers and loaders say, and what to do about it.
+_REMEDIES = {
+    "No space left on device": (
+        "make room on the disks of the cache and of temporary files, or set TFMTSEG_CACHE_DIR and "
+        "TMPDIR to folders on others"
+    ),
+    "Killed signal|signal 9|status -9|out of memory|memory exhausted|Cannot allocate memory": (
+        "make memory free, or compile one file at a time: taskset -c 0 python -m tfmtseg.ops.build"
+    ),
+    "failed to map segment": (
+        "set TFMTSEG_CACHE_DIR to a folder on a disk that is not mounted noexec"
+    ),
+    r"fatal error: (tensorflow|tsl|xla|absl|Eigen)/|cannot find -l\S*tensorflow": (
+        f"reinstall TensorFlow, of which files are missing, {_REFERENCE}"
+    ),
+}
 _SECONDS = {"tensorflow": 15, "tensorflow_gpu": 15, "cpu": 3, "cuda": 60}  # one core, roughly
 
 
@@ -122,7 +138,7 @@ def digest(sources: Path) -> str:
 
 def visible_architectures() -> list[int]:
     """Compute capabilities, times 10, of the GPUs that TensorFlow sees."""
-    details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
+    details = map(tf.config.experimental.get_device_details, tf.config.get_visible_devices("GPU"))
     capabilities = [each.get("compute_capability") for each in details]
     return sorted({10 * each[0] + each[1] for each in capabilities if each})
 
@@ -166,7 +182,7 @@ class Plan:
     Args:
         sources: Folder with the sources.
         units: Names of the files to compile, each with its kind.
-        compiler: The C++ compiler.
+        compiler: The C++ compiler's command, as a shell reads it.
         nvcc: The CUDA compiler; `None` leaves CUDA out.
         record: What the library will say of itself.
     """
@@ -240,7 +256,7 @@ def plan(
         units = [unit for unit in units if unit[1] not in ("cuda", "tensorflow_gpu")]
     record = dataclasses.replace(
         here(sources),
-        compiler=_version(compiler),
+        compiler=_version(*shlex.split(compiler)),
         nvcc=_version(nvcc) if nvcc else "",
         architectures=tuple(sorted(set(architectures))),
     )
@@ -285,18 +301,18 @@ def make(wanted: Plan) -> Path:
     if wanted.is_built():
         return wanted.library
     cache = cache_dir()
-    # Where a lock does not reach other machines, theirs are left alone.
-    prefix = f"tmp-{platform.node()}-"
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with _locked(cache) as alone:
             if wanted.is_built():
                 return wanted.library
             if alone:
-                for left in cache.glob(f"{prefix}*"):  # of a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
+                _remove_leftovers(cache)
             with tempfile.TemporaryDirectory(
-                dir=cache, prefix=prefix, ignore_cleanup_errors=True
+                dir=cache,
+                prefix=f"tmp-{os.getpid()}-",
+                suffix=f"-{platform.node()}",
+                ignore_cleanup_errors=True,
             ) as folder:
                 built = _compile(wanted, Path(folder))
                 _load_elsewhere(built)
@@ -312,6 +328,20 @@ def make(wanted: Plan) -> Path:
     return wanted.library
 
 
+def _remove_leftovers(cache: Path) -> None:
+    """Removes what killed processes of this machine left.
+
+    Of other machines', which a lock may not reach, nothing is known.
+    """
+    own = str(os.getpid())  # in a container the number may be that of the one before
+    for folder in cache.glob("tmp-*"):
+        found = re.fullmatch(r"tmp-(\d+)-[^-]*-(.*)", folder.name)
+        if not found or found[2] != platform.node():
+            continue
+        if found[1] == own or not Path("/proc", found[1]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def find_nvcc() -> str | None:
     """Path of nvcc: from PATH, `CUDA_HOME` or `/usr/local/cuda`."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
@@ -320,28 +350,35 @@ def find_nvcc() -> str | None:
 
 
 def _compiler() -> str:
-    name = os.environ.get("CXX") or "g++"
+    """The command in `CXX`, such as `ccache g++`, or g++."""
+    what = "planning the native op library"
+    setting = os.environ.get("CXX", "")
+    try:
+        name, *arguments = shlex.split(setting) or ["g++"]
+    except ValueError as error:
+        raise NativeOpsError(
+            what, f"CXX is {setting}, must be a command ({error})", "correct or unset CXX"
+        ) from error
     found = shutil.which(name)
     if not found:
-        origin = "the C++ compiler that CXX names" if os.environ.get("CXX") else "a C++ compiler"
+        origin = "the C++ compiler that CXX names" if setting.strip() else "a C++ compiler"
         raise NativeOpsError(
-            "planning the native op library",
-            f"{origin} is needed, and {name} is not found on PATH",
-            _INSTALL_COMPILER,
+            what, f"{origin} is needed, and {name} is not found on PATH", _INSTALL_COMPILER
         )
-    return found
+    return shlex.join([found, *arguments])
 
 
-def _version(program: str) -> str:
-    """A compiler's answer to --version, without its copyright."""
-    result = subprocess.run([program, "--version"], capture_output=True, text=True)
+def _version(*command: str) -> str:
+    """A compiler's answer to --version, without its copyright, and its options."""
+    result = subprocess.run([*command, "--version"], capture_output=True, text=True)
     if result.returncode:
         raise NativeOpsError(
             "planning the native op library",
-            f"{program} --version fails\n{_last_lines(result)}",
+            f"{shlex.join(command)} --version fails\n{_last_lines(result)}",
             _INSTALL_COMPILER,
         )
-    return " ".join(line for line in result.stdout.splitlines() if re.search(r"\d\.\d", line))
+    said = [line for line in result.stdout.splitlines() if re.search(r"\d\.\d", line)]
+    return " ".join([*said, *command[1:]])
 
 
 def _units(sources: Path, machine: str) -> list[tuple[str, str]]:
@@ -395,11 +432,14 @@ def _command(wanted: Plan, name: str, kind: str, output: Path) -> list[str]:
         codes = [f"arch=compute_{a},code=sm_{a}" for a in wanted.record.architectures]
         codes.append(f"arch=compute_{newest},code=compute_{newest}")
         targets = [part for code in codes for part in ("-gencode", code)]
-        return [str(wanted.nvcc), "-ccbin", wanted.compiler, *NVCC_FLAGS, *targets, *own]
+        # nvcc takes a program alone: neither its options nor what starts it, such as ccache.
+        words = reversed(shlex.split(wanted.compiler))
+        host = next(filter(None, map(shutil.which, words)), wanted.compiler)
+        return [str(wanted.nvcc), "-ccbin", host, *NVCC_FLAGS, *targets, *own]
     flags = compile_flags(name, kind, wanted.record.machine)
     if kind.startswith("tensorflow"):
         flags += ["-isystem", tf.sysconfig.get_include()]
-    return [wanted.compiler, *flags, *own]
+    return [*shlex.split(wanted.compiler), *flags, *own]
 
 
 def _compile(wanted: Plan, folder: Path) -> Path:
@@ -416,7 +456,8 @@ def _compile(wanted: Plan, folder: Path) -> Path:
         for name, kind in sorted(wanted.units, key=lambda unit: -_SECONDS[unit[1]])
     ]
     record = folder / "record.cc"
-    commands.append([wanted.compiler, *FLAGS, "-c", str(record), "-o", f"{record}.o"])
+    compiler = shlex.split(wanted.compiler)
+    commands.append([*compiler, *FLAGS, "-c", str(record), "-o", f"{record}.o"])
     with ThreadPoolExecutor(jobs) as pool:
         running = [pool.submit(_run, command) for command in commands]
         try:
@@ -434,7 +475,7 @@ def _compile(wanted: Plan, folder: Path) -> Path:
     # Of a function that several instruction sets share, the linker takes the first: it has to
     # run everywhere.
     objects = sorted((c[-1] for c in commands), key=lambda name: "_cpu_generic." not in name)
-    link = [wanted.compiler, *LINK_FLAGS, *objects, *cuda, *tf.sysconfig.get_link_flags()]
+    link = [*compiler, *LINK_FLAGS, *objects, *cuda, *tf.sysconfig.get_link_flags()]
     _run([*link, *(("-ldl", "-lrt", "-lpthread") if cuda else ()), "-o", str(library)])
     return library
 
@@ -462,12 +503,20 @@ def _run(command: Sequence[str]) -> None:
     )
     if result.returncode:
         program = Path(command[0]).name
-        raise NativeOpsError(
-            "building the native op library",
-            f"{program} fails with status {result.returncode}\n"
-            f"{shlex.join(command)}\n{_last_lines(result)}",
+        raise _failure(
+            f"{program} fails with status {result.returncode}\n{shlex.join(command)}",
+            result,
             _INSTALL_NVCC if program == "nvcc" else _INSTALL_COMPILER,
         )
+
+
+def _failure(why: str, result: subprocess.CompletedProcess[str], fix: str) -> NativeOpsError:
+    """The error of a command that failed; `fix` where what it says tells no other."""
+    said = f"status {result.returncode}\n{result.stdout}{result.stderr}"
+    found = (remedy for words, remedy in _REMEDIES.items() if re.search(words, said))
+    return NativeOpsError(
+        "building the native op library", f"{why}\n{_last_lines(result)}", next(found, fix)
+    )
 
 
 def _last_lines(result: subprocess.CompletedProcess[str], count: int = 20) -> str:
@@ -491,9 +540,9 @@ def _load_elsewhere(library: Path) -> None:
         },
     )
     if result.returncode:
-        raise NativeOpsError(
-            "building the native op library",
-            f"TensorFlow cannot load it (status {result.returncode})\n{_last_lines(result)}",
+        raise _failure(
+            f"TensorFlow cannot load it (status {result.returncode})",
+            result,
             f"reinstall TensorFlow, {_REFERENCE}",
         )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tfmtseg.ops import library
 from tfmtseg.processor import processor_features
 
 MOST_FILTERS = 8  # half an AVX-512 register of float32
@@ -31,7 +32,7 @@ def pays(x: tf.Tensor, filters: int) -> bool:
         and depth >= LEAST_DEPTH
         and depth % 2 == 0
         and "avx512f" in processor_features()
-        and not tf.config.list_physical_devices("GPU")
+        and not library.uses_gpu()
     )
 
 

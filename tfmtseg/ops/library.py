@@ -5,6 +5,8 @@
     unset       build the library on first use
     0           never build; load what `python -m tfmtseg.ops.build` has built
     a path      load this library, such as one that Bazel built
+
+`TFMTSEG_INSTRUCTION_SET` chooses a lower instruction set than the processor's highest.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tfmtseg.ops.record import Record, read_record
 IMPLEMENTATIONS = ("auto", "native", "reference")
 
 _SETTING = "TFMTSEG_NATIVE_OPS"
+_INSTRUCTION_SET = "TFMTSEG_INSTRUCTION_SET"
 _lock = threading.RLock()
 _loaded: tuple[ModuleType, Record] | None = None
 _idle_gpu = False  # whether the loaded library has no kernels for some GPU that is here
@@ -117,6 +120,27 @@ def record() -> Record:
     return _load()[1]
 
 
+def highest_instruction_set() -> str:
+    """The highest that the ops on CPU may use, a name of `build.ISA_FLAGS`.
+
+    The processor may have a lower one.
+
+    Raises:
+        NativeOpsError: If `TFMTSEG_INSTRUCTION_SET` names none.
+    """
+    from tfmtseg.ops import build
+
+    names = list(build.ISA_FLAGS)
+    chosen = os.environ.get(_INSTRUCTION_SET) or names[-1]
+    if chosen not in names:
+        raise NativeOpsError(
+            "loading the native op library",
+            f"{_INSTRUCTION_SET} is {chosen}, must be one of {', '.join(names)}",
+            "set it to one of these, or unset it",
+        )
+    return chosen
+
+
 def is_built() -> bool:
     """Whether `load` would build nothing: it takes what is there, or fails."""
     from tfmtseg.ops import build
@@ -156,47 +180,48 @@ def _load() -> tuple[ModuleType, Record]:
             return _loaded
         here = build.here(build.source_dir())
         gpus = build.visible_architectures()
+        highest_instruction_set()  # the ops would not tell of a name that they do not know
         setting = os.environ.get(_SETTING, "")
-        own = setting in ("", "0")
-        path = _find(here, gpus, may_build=not setting) if own else Path(setting)
-        found = _accepted(path, here)
-        try:
-            module = tf.load_op_library(str(path))
-        except (tf.errors.OpError, OSError) as error:
-            raise NativeOpsError(
-                f"loading {path}", str(error), "remove this file and build the library anew"
-            ) from error
+        if setting in ("", "0"):
+            path, module, found = _load_own(here, gpus, may_build=not setting)
+        else:
+            path, module, found = _load_file(Path(setting), here)
         has_sources = any(build.source_dir().glob("*_cuda.cu"))
-        problem = _gpu_problem(found, gpus) if has_sources else ""
+        problem, fix = gpu_problem(found, gpus) if has_sources else ("", "")
         _idle_gpu = bool(problem)
         if problem:
-            warnings.warn(f"{path} {problem}", stacklevel=3)
+            warnings.warn(f"{path}: {problem}. Fix: {fix}.", stacklevel=3)
         _loaded = module, found
         return _loaded
 
 
-def _gpu_problem(found: Record, gpus: Sequence[int]) -> str:
-    """Why a library leaves GPUs idle, and the mend; empty if it does not."""
+def gpu_problem(found: Record, gpus: Sequence[int]) -> tuple[str, str]:
+    """Why a library leaves GPUs idle, and what to do about it; empty if it does not.
+
+    Args:
+        found: What the library says of itself.
+        gpus: From `build.visible_architectures`.
+    """
     from tfmtseg.ops import build
 
     if not build.serves(found.architectures, gpus):
         return (
-            "has no kernels for a GPU that is here (compute capability times 10: "
+            "it has no kernels for a GPU that is here (compute capability times 10: "
             f"{', '.join(map(str, gpus))}; built for "
-            f"{', '.join(map(str, found.architectures)) or 'none'}): plain TensorFlow takes "
-            "the place of the native ops, or they run on the CPU where they are asked for. "
-            "Fix: run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
-            f"{build.OLDEST_ARCHITECTURE} or newer."
+            f"{', '.join(map(str, found.architectures)) or 'none'}), and plain TensorFlow takes "
+            "the place of the native ops, or they run on the CPU where they are asked for",
+            "run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
+            f"{build.OLDEST_ARCHITECTURE} or newer",
         )
     needed = re.search(r"release (\d+)\.", found.nvcc)
     driver = _driver_cuda() if gpus and needed else None
     if needed and driver is not None and driver < int(needed[1]):
         return (
-            f"was compiled by CUDA {needed[1]}, and the GPU driver runs CUDA {driver} at most: "
-            "plain TensorFlow takes the place of the native ops. Fix: update the driver, or build "
-            f"the library with nvcc of CUDA {driver}."
+            f"it was compiled by CUDA {needed[1]}, and the GPU driver runs CUDA {driver} at most: "
+            "plain TensorFlow takes the place of the native ops",
+            f"update the driver, or build the library with nvcc of CUDA {driver}",
         )
-    return ""
+    return "", ""
 
 
 def _driver_cuda() -> int | None:
@@ -209,32 +234,57 @@ def _driver_cuda() -> int | None:
     return None if status else version.value // 1000
 
 
-def _find(here: Record, gpus: Sequence[int], may_build: bool) -> Path:
-    """The library to load from the cache, built when needed and allowed."""
+def _load_own(
+    here: Record, gpus: Sequence[int], may_build: bool
+) -> tuple[Path, ModuleType, Record]:
+    """Loads the best library of the cache that can be loaded."""
     from tfmtseg.ops import build
 
-    best = _built_ahead(here, gpus)
-    if not may_build:
-        if best is None:
-            raise NativeOpsError(
-                "loading the native op library",
-                f"none is in {build.cache_dir()}, and {_SETTING}=0 forbids to build it",
-                f"run python -m tfmtseg.ops.build where there is a compiler, or unset {_SETTING}",
-            )
-        return best[1]
-    try:
-        plan = build.plan()
-        if gpus and not plan.nvcc and best and build.serves(best[0].architectures, gpus):
-            return best[1]  # built where nvcc was
-        return build.make(plan)
-    except NativeOpsError:
-        if best is None:
-            raise
-        return best[1]
+    failures: list[NativeOpsError] = []
+    for path in _candidates(here, gpus, may_build, failures):
+        try:
+            return _load_file(path, here)
+        except NativeOpsError as error:  # perhaps another system's, with which a home is shared
+            failures.append(error)
+    if not failures:
+        raise NativeOpsError(
+            "loading the native op library",
+            f"none is in {build.cache_dir()}, and {_SETTING}=0 forbids to build it",
+            f"run python -m tfmtseg.ops.build where there is a compiler, or unset {_SETTING}",
+        )
+    if len(failures) == 1:
+        raise failures[0]
+    reasons = "\n".join(dict.fromkeys(map(str, failures)))
+    raise NativeOpsError(
+        "loading the native op library", f"nothing could be loaded\n{reasons}", failures[0].fix
+    )
 
 
-def _built_ahead(here: Record, gpus: Sequence[int]) -> tuple[Record, Path] | None:
-    """The best library in the cache that serves here, whatever tools built it."""
+def _candidates(
+    here: Record, gpus: Sequence[int], may_build: bool, failures: list[NativeOpsError]
+) -> Iterator[Path]:
+    """Libraries of the cache, the best first; one is built when needed and allowed.
+
+    Why none could be built goes to `failures`.
+    """
+    from tfmtseg.ops import build
+
+    ahead = _built_ahead(here, gpus)
+    if may_build:
+        try:
+            plan = build.plan()
+            if gpus and not plan.nvcc:  # built where nvcc was
+                yield from (
+                    path for record, path in ahead if build.serves(record.architectures, gpus)
+                )
+            yield build.make(plan)
+        except NativeOpsError as error:
+            failures.append(error)
+    yield from (path for _, path in ahead)
+
+
+def _built_ahead(here: Record, gpus: Sequence[int]) -> list[tuple[Record, Path]]:
+    """The libraries in the cache that fit, whatever tools built them, the best first."""
     from tfmtseg.ops import build
 
     def suits(architectures: Sequence[int]) -> bool:
@@ -243,7 +293,7 @@ def _built_ahead(here: Record, gpus: Sequence[int]) -> tuple[Record, Path] | Non
     try:
         paths = list(build.cache_dir().glob(build.library_name(here.tensorflow, "*")))
     except OSError:  # of another user
-        return None
+        return []
     found = []
     for path in paths:
         try:
@@ -252,7 +302,21 @@ def _built_ahead(here: Record, gpus: Sequence[int]) -> tuple[Record, Path] | Non
             continue
         if record is not None and record.without_tools() == here:
             found.append((suits(record.architectures), built, record, path))
-    return max(found, key=lambda each: each[:2])[2:] if found else None
+    found.sort(key=lambda each: each[:2], reverse=True)
+    return [each[2:] for each in found]
+
+
+def _load_file(path: Path, here: Record) -> tuple[Path, ModuleType, Record]:
+    """Loads the library at `path`."""
+    found = _accepted(path, here)
+    try:
+        return path, tf.load_op_library(str(path)), found
+    except (tf.errors.OpError, OSError) as error:
+        raise NativeOpsError(
+            f"loading {path}",
+            str(error),
+            "remove this file, unless another machine needs it, and build the library anew",
+        ) from error
 
 
 def _accepted(path: Path, here: Record) -> Record:

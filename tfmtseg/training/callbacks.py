@@ -223,7 +223,8 @@ def overlay(image: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.n
         inside = label_map[:, :, z] > 0
         colours = COLOURS[(label_map[:, :, z][inside].astype(int) - 1) % len(COLOURS)]
         picture[inside] = 0.5 * picture[inside] + 0.5 * colours
-        panels.append(np.rot90(picture))  # anterior up
+        # Anterior up, the patient's right on the left, as in the report.
+        panels.append(np.rot90(picture)[:, ::-1])
     return np.concatenate(panels, 1).astype(np.uint8)
 
 
@@ -309,12 +310,19 @@ class Termination(keras.callbacks.Callback):
         self.asked = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Ends the process with status 143, as shells call a death by SIGTERM."""
-        if self.asked:
+        """Saves amid an epoch; at its end that is done with what else belongs there."""
+        if self.asked and batch + 1 < self.params["steps"]:
             self.checkpoints.commit()
-            step = self.checkpoints.step
-            saved = "saved " * self.checkpoints.writes
-            print(f"Asked to end: {saved}after step {step}. Repeat the command to go on.")
+            self.leave()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Comes after the epoch's line of history and its save."""
+        self.leave()
+
+    def leave(self) -> None:
+        """If asked to, ends the process with status 143, as shells call a death by SIGTERM."""
+        if self.asked:
+            print(f"Asked to end after step {self.checkpoints.step}. Repeat the command to go on.")
             sys.exit(128 + signal.SIGTERM)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

@@ -74,6 +74,12 @@ def write_model(
     write_json(directory / "model.json", content)
 
 
+def read_description(directory: Path) -> dict[str, Any]:
+    """What `write_model` has written."""
+    content: dict[str, Any] = json.loads((directory / "model.json").read_text(encoding="utf-8"))
+    return content
+
+
 def write_weights(directory: Path, model: Segmenter) -> None:
     """Writes the trainable weights to `weights/final`."""
     folder = directory / "weights"
@@ -82,13 +88,14 @@ def write_weights(directory: Path, model: Segmenter) -> None:
 
 
 def load_model(
-    directory: str | os.PathLike[str], flag: str = "--model_dir"
+    directory: str | os.PathLike[str], flag: str = "--model_dir", precision: str | None = None
 ) -> tuple[Segmenter, tuple[str, ...]]:
     """Reads the model of a finished run.
 
     Args:
         directory: Folder of the run.
         flag: Who named the folder, for messages.
+        precision: A dtype policy; by default that of the training.
 
     Returns:
         The model with its final weights, and the names of its input channels.
@@ -108,7 +115,8 @@ def load_model(
     try:
         content = json.loads((directory / "model.json").read_text(encoding="utf-8"))
         modalities = tuple(content["modalities"])
-        model = Segmenter.from_config(content["arguments"])
+        arguments = content["arguments"]
+        model = Segmenter.from_config({**arguments, "dtype": precision or arguments["dtype"]})
         model.build((None, *content["crop"], len(modalities)))
         _weights(model).read(str(directory / "weights" / "final")).assert_consumed()
     except (OSError, KeyError, TypeError, ValueError, AssertionError, tf.errors.OpError) as error:

@@ -124,7 +124,9 @@ class TrainConfig:
         0.33, "Fraction of labelled patches centred on labelled tissue."
     )
     rotation_degrees: tuple[float, float, float] = _setting(
-        (15.0, 15.0, 15.0), "Largest rotation about x, y, z. About z only where slices are thick."
+        (-1.0, -1.0, -1.0),
+        "Largest rotation about x, y, z; below 0: 15, but 0 where it would turn thick slices out "
+        "of their plane.",
     )
     scale: float = _setting(1.15, "Largest zoom factor.")
     elastic_voxels: float = _setting(0.7, "Strength of elastic deformation.")
@@ -318,6 +320,13 @@ class TrainConfig:
                 or self.contrastive_form not in ("dense_across", "classes"),
                 f"batch or global with --contrastive_form={self.contrastive_form}",
                 "choose one",
+            ),
+            (
+                "flips",
+                self.contrastive_form != "dense_across" or not any(self.flips),
+                "false,false,false with --contrastive_form=dense_across, for which a place has to "
+                "be the same anatomy in every case",
+                "choose this, or another form",
             ),
             (
                 "contrastive_form",

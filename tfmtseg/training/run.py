@@ -1,4 +1,4 @@
-"""A training run: from settings to final weights, and back from its folder.
+"""A training run: from settings to final weights.
 
 A run's folder holds
 
@@ -18,12 +18,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +30,12 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
-from tfmtseg.data.cache import Record, build_cache
-from tfmtseg.data.cases import Case, DataFolder, read_case_list, read_data_folder
-from tfmtseg.data.nifti import Geometry, read_geometry
+from tfmtseg.data.cache import Record
+from tfmtseg.data.cases import DataFolder
+from tfmtseg.data.nifti import Geometry
 from tfmtseg.data.pipeline import WHOLE, Share, batch_cases, held_out_batches, training_batches
-from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
-from tfmtseg.errors import InputError, InputErrors, InputWarning
+from tfmtseg.data.splits import Splits
+from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import lock, write_json, write_text
 from tfmtseg.memory import peak_memory_gb
 from tfmtseg.models.blocks import Factors
@@ -55,31 +53,38 @@ from tfmtseg.training.callbacks import (
 from tfmtseg.training.checkpoint import (
     initialize,
     latest_checkpoint,
-    load_model,
+    read_description,
     write_model,
     write_weights,
 )
-from tfmtseg.training.config import TrainConfig, read_settings
+from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.memory import training_memory_gb
 from tfmtseg.training.optimizers import make_optimizer, make_schedule
 from tfmtseg.training.precision import choose_precision
-from tfmtseg.training.sizes import MAX_CROP, choose_crop, choose_cube, choose_strides
+from tfmtseg.training.run_data import (
+    cache_cases,
+    further_images,
+    read_folder,
+    split_cases,
+    training_geometries,
+)
+from tfmtseg.training.run_folder import arrays_of, check_origin, claim_folder
+from tfmtseg.training.sizes import (
+    MAX_CROP,
+    choose_crop,
+    choose_cube,
+    choose_rotation,
+    choose_strides,
+)
 from tfmtseg.training.strategy import (
     LOST,
-    WorkerLost,
     distribute,
+    lost_workers,
     make_strategy,
-    several_workers,
     wait_for_all,
     writes,
 )
 from tfmtseg.version import code_version
-
-# Settings that may differ when a run goes on: they change no result, or its rounding alone.
-# What lies in the folders is compared besides.
-MAY_CHANGE = {
-    "data_dir", "unlabeled_dir", "allow_root", "model_dir", "cache_dir", "strategy", "num_replicas",
-}  # fmt: skip
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -102,22 +107,23 @@ def train(config: TrainConfig) -> dict[str, Any]:
     """
     config.check()
     code = code_version()  # at once: the files may change while the model trains
-    strategy = make_strategy(config)
     directory = Path(config.model_dir)
-    keras.utils.set_random_seed(config.seed)
-    folder = _read_folder(config)
+    # Before other workers wait for this one.
+    folder = read_folder(config)
     if not config.subject_regex:
         config = dataclasses.replace(config, subject_regex=folder.subject_regex)
-    further = _further_images(config, folder)
-    splits = _split(config, folder, further)
+    further = further_images(config, folder)
+    splits = split_cases(config, folder, further)
+    strategy = make_strategy(config)
+    keras.utils.set_random_seed(config.seed)
     alone = lock(directory, "training run") if writes(strategy) else contextlib.nullcontext()
-    with alone:
-        records = _records(config, folder, further, splits)
-        geometries = _training_geometries(folder, further, splits)
+    with alone, lost_workers(strategy):
+        records = cache_cases(config, folder, further, splits)
+        geometries = training_geometries(folder, further, splits)
         config = _resolve(config, geometries)
         config.check()
         spacing_mm = _median_spacing(geometries)
-        _claim_folder(config, directory, folder, splits, records)
+        claim_folder(config, directory, folder, splits, records)
         return _train(config, code, strategy, folder, splits, records, spacing_mm)
 
 
@@ -138,17 +144,17 @@ def _train(
         return json.loads(result_file.read_text(encoding="utf-8"))
 
     regions = folder.regions
-    assert regions is not None  # `_read_folder` has made sure
+    assert regions is not None  # `read_folder` has made sure
     goes_on = latest_checkpoint(directory / "checkpoints") is not None
     with strategy.scope():
         model = make_model(config, regions)
         model.build((None, *config.crop, len(folder.modalities)))
         initialized = []
         if goes_on:  # weights come from there; the earlier run may be gone by now
-            initialized = _read_description(directory)["initialized"]
+            initialized = read_description(directory)["initialized"]
         elif config.init_checkpoint:
             initialized = initialize(model, config.init_checkpoint, folder.modalities)
-            _check_origin(config, splits)
+            check_origin(config, splits)
             print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}, nothing else")
         model.compile(make_optimizer(config))
         # Building the optimizer first spares a second tracing of the training step.
@@ -157,17 +163,12 @@ def _train(
     first_step = checkpoints.restore()
     if writes(strategy):
         splits.write(directory / "splits")
-        write_json(directory / "data.json", _files(records))
+        write_json(directory / "data.json", arrays_of(records))
         write_model(directory, model, folder.modalities, config.crop, spacing_mm, initialized)
         write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step, strategy.num_replicas_in_sync)
 
-    try:
-        seconds, cpu_seconds = _fit(config, strategy, model, *records, checkpoints, first_step)
-    except LOST as error:
-        if several_workers(strategy):
-            raise WorkerLost(error.message) from error
-        raise
+    seconds, cpu_seconds = _fit(config, strategy, model, *records, checkpoints, first_step)
     if writes(strategy):
         write_weights(directory, model)
     num_labeled, num_unlabeled = len(splits.labeled), len(splits.unlabeled)
@@ -200,116 +201,8 @@ def _train(
     return result
 
 
-def _read_folder(config: TrainConfig) -> DataFolder:
-    regions = Regions.parse(config.regions) if config.regions else None
-    folder = read_data_folder(config.data_dir, config.allow_root, regions)
-    if folder.regions is None:
-        raise InputError(
-            folder.root, "dataset.json", "missing", "there, naming modalities and labels",
-            "add one (Decathlon or nnU-Net form); see the README",
-        )  # fmt: skip
-    return folder
-
-
-def _further_images(config: TrainConfig, folder: DataFolder) -> tuple[Case, ...]:
-    """Cases of `unlabeled_dir`, whose labels, should it have any, are not used."""
-    if not config.unlabeled_dir:
-        return ()
-    further = read_data_folder(config.unlabeled_dir, config.allow_root, images_only=True)
-    further.check_modalities(folder.modalities, folder.root)
-    known = {case.name for case in folder.cases}
-    twice = [case.name for case in further.cases if case.name in known]
-    if twice:
-        raise InputErrors(
-            InputError(
-                config.unlabeled_dir, f"case {name}", f"in {folder.root} too", "in one of them",
-                "rename or remove it",
-            )
-            for name in twice
-        )  # fmt: skip
-    return further.cases
-
-
-def _subject(config: TrainConfig) -> Callable[[str], str]:
-    """Gives the subject of a case by its name."""
-    return partial(subject_of, regex=config.subject_regex, ids_per_subject=config.ids_per_subject)
-
-
-def _split(config: TrainConfig, folder: DataFolder, further: Sequence[Case]) -> Splits:
-    def listed(path: str) -> tuple[str, ...] | None:
-        return read_case_list(path) if path else None
-
-    groups = None
-    if config.groups_file:
-        groups = read_groups(Path(config.data_dir, config.groups_file))
-    return make_splits(
-        [case.name for case in folder.cases if case.label is not None],
-        [case.name for case in (*folder.cases, *further) if case.label is None],
-        subject=_subject(config),
-        groups=groups,
-        count_subjects=config.count_subjects,
-        num_labeled=config.num_labeled,
-        num_development=config.num_development,
-        num_test=config.num_test,
-        num_folds=config.num_folds,
-        fold=config.fold,
-        split_seed=config.split_seed,
-        seed=config.seed,
-        labeled_list=listed(config.labeled_list),
-        test_list=listed(config.test_list),
-        needs_labels=config.mode == "train",
-    )
-
-
-def _records(
-    config: TrainConfig,
-    folder: DataFolder,
-    further: Sequence[Case],
-    splits: Splits,
-) -> tuple[list[Record], list[Record], list[Record]]:
-    """Cached labelled, unlabelled and development cases.
-
-    Unlabelled patches come from all training cases, the labelled ones included; these
-    appear there without their label. Pretraining has no labelled cases, and none of its
-    development cases has a label.
-    """
-    cases = {case.name: case for case in (*folder.cases, *further)}
-    if config.mode == "pretrain":
-        cases = {name: case.without_label() for name, case in cases.items()}
-    wanted = [cases[name] for name in (*splits.labeled, *splits.development)]
-    if config.uses_unlabelled:
-        wanted += [cases[name].without_label() for name in splits.unlabeled]
-    records = build_cache(
-        wanted,
-        Path(config.cache_dir or Path(config.model_dir) / "cache"),
-        num_modalities=len(folder.modalities),
-        labels=folder.labels,
-        foreground_labels=set().union(*folder.regions.members) if folder.regions else (),
-    )
-    labelled = records[: len(splits.labeled)]
-    development = records[len(labelled) :][: len(splits.development)]
-    unlabelled = records[len(labelled) + len(development) :]
-    if config.uses_unlabelled:
-        unlabelled += [record.without_label() for record in labelled]
-    if config.mode == "pretrain":
-        labelled = []
-    return labelled, unlabelled, development
-
-
-def _training_geometries(
-    folder: DataFolder, further: Sequence[Case], splits: Splits
-) -> list[Geometry]:
-    """Of all training cases, whichever the method uses, so that all choose the same sizes."""
-    cases = {case.name: case for case in (*folder.cases, *further)}
-    with warnings.catch_warnings():  # those that are used have warned when they were read
-        warnings.simplefilter("ignore", InputWarning)
-        return [
-            read_geometry(cases[name].images[0]) for name in (*splits.labeled, *splits.unlabeled)
-        ]
-
-
 def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig:
-    """Fills in what is left to us: precision; strides, crop and cubes, from medians of the data."""
+    """Fills in what is left to us: precision; sizes and rotation, from medians of the data."""
     spacing_mm = _median_spacing(geometries)
     median = np.median([geometry.ras_shape for geometry in geometries], axis=0).tolist()
     strides = config.strides
@@ -317,11 +210,25 @@ def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig
         strides = choose_strides(spacing_mm, _known(config.crop, np.minimum(median, MAX_CROP)))
     crop = _known(config.crop, choose_crop(median, strides))
     cube_size = _known(config.cube_size, choose_cube(crop, strides))
+    if config.contrastive_form == "dense_across" and np.less(crop, 0.75 * np.array(median)).any():
+        warnings.warn(
+            f"--contrastive_form=dense_across: patches of {crop} are cut anywhere from volumes of "
+            f"{tuple(median)} voxels, so that the same place is the same anatomy only in part.",
+            InputWarning,
+            stacklevel=2,
+        )
+    x, y, z = (
+        degrees if degrees >= 0 else chosen
+        for degrees, chosen in zip(
+            config.rotation_degrees, choose_rotation(spacing_mm), strict=True
+        )
+    )
     return dataclasses.replace(
         config,
         strides=strides,
         crop=crop,
         cube_size=cube_size,
+        rotation_degrees=(x, y, z),
         precision=choose_precision(config.precision),
     )
 
@@ -334,123 +241,6 @@ def _known(sizes: Factors, otherwise: Sequence[float]) -> Factors:
     """`sizes` where they are given, not 0."""
     x, y, z = (size or int(other) for size, other in zip(sizes, otherwise, strict=True))
     return x, y, z
-
-
-def _files(records: tuple[list[Record], list[Record], list[Record]]) -> dict[str, list[str]]:
-    """Of every case, the arrays that are trained on or watched; their names tell the content."""
-    labelled, unlabelled, development = records
-    every = (*unlabelled, *labelled, *development)  # with the label, where there is one
-    return {record.name: sorted(record.files.values()) for record in every}
-
-
-def _claim_folder(
-    config: TrainConfig,
-    directory: Path,
-    folder: DataFolder,
-    splits: Splits,
-    records: tuple[list[Record], list[Record], list[Record]],
-) -> None:
-    """Refuses a folder that holds a run with other settings, or with other data."""
-    path = directory / "config.yaml"
-    if not path.exists():
-        return
-    another = "choose another --model_dir, or repeat the settings of this run"
-    before = TrainConfig.from_mapping(read_settings(path), str(path))
-    # Of a run from before there was such a setting.
-    before = dataclasses.replace(before, precision=choose_precision(before.precision))
-    for field in dataclasses.fields(TrainConfig):
-        old, new = getattr(before, field.name), getattr(config, field.name)
-        if field.name not in MAY_CHANGE and old != new:
-            raise InputError(
-                path, field.name, repr(old), f"{new!r}, as asked for now", another
-            )  # fmt: skip
-    description = _read_description(directory)
-    assert folder.regions is not None  # `_read_folder` has made sure
-    for name, had, has in (
-        ("modalities", description["modalities"], list(folder.modalities)),
-        ("regions", description["arguments"]["regions"], folder.regions.get_config()),
-    ):
-        if had != has:
-            raise InputError(
-                directory / "model.json", name, had, f"{has}, as of {folder.root} now", another
-            )
-    used = Splits.read(directory / "splits")
-    for use in dataclasses.fields(Splits):
-        had, has = getattr(used, use.name), getattr(splits, use.name)
-        if had != has:
-            differing = sorted(set(had) ^ set(has))
-            raise InputError(
-                directory / "splits" / f"{use.name}.txt",
-                f"case {differing[0]}" if differing else "order",
-                "missing" if differing and differing[0] in has else "there",
-                "as the data folders and lists of cases give it now",
-                "choose another --model_dir, or bring back the data and lists of this run",
-            )  # fmt: skip
-    data_file = directory / "data.json"
-    files_before = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else {}
-    files = _files(records)
-    for case, before_files in files_before.items():
-        if files[case] != before_files:
-            raise InputError(
-                data_file, f"case {case}", ", ".join(before_files),
-                f"{', '.join(files[case])}, as made of the data now",
-                "choose another --model_dir, or bring back the files of this run",
-            )  # fmt: skip
-
-
-def _check_origin(config: TrainConfig, splits: Splits) -> None:
-    """Makes sure that the run of the first weights has not learned what is held out here.
-
-    Cases are the same if their subjects' names are, as they are within one data folder.
-
-    Raises:
-        InputError: If it learned labels of development or test cases.
-
-    Warns:
-        InputWarning: If it saw their images, or names of another data folder agree.
-    """
-    directory = Path(config.init_checkpoint)
-    source = TrainConfig.from_mapping(
-        read_settings(directory / "config.yaml"), str(directory / "config.yaml")
-    )
-    used = Splits.read(directory / "splits")
-
-    def subject(name: str) -> str:
-        try:
-            return _subject(config)(name)
-        except InputError:  # the names of other data may be of another kind
-            return name
-
-    held_out = {subject(name): name for name in (*splits.development, *splits.test)}
-    labels = used.labeled if source.mode == "train" else ()
-    images = (*used.labeled, *used.unlabeled) if source.uses_unlabelled else used.labeled
-    learned, seen = (
-        sorted({held_out[who] for who in map(subject, names) if who in held_out})
-        for names in (labels, images)
-    )
-    same_data = Path(source.data_dir).resolve() == Path(config.data_dir).resolve()
-    if learned and same_data:
-        raise InputError(
-            "--init_checkpoint", f"case {learned[0]}",
-            f"one whose subject's labels {directory} was trained on",
-            "held out there too, as it is a development or test case here",
-            "start from a run with the same development and test cases",
-        )  # fmt: skip
-    if seen:
-        warnings.warn(
-            f"{directory}: was trained on images of {len(seen)} development or test cases of "
-            f"this run, such as {seen[0]}"
-            + ("" if same_data else ", should these be the same and not only in name")
-            + "; scores may flatter.",
-            InputWarning,
-            stacklevel=2,
-        )
-
-
-def _read_description(directory: Path) -> dict[str, Any]:
-    """What `write_model` has written."""
-    content: dict[str, Any] = json.loads((directory / "model.json").read_text(encoding="utf-8"))
-    return content
 
 
 def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
@@ -586,6 +376,9 @@ def _fit(
             step = checkpoints.step
             names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
             raise _not_finite(error, step, names) from None
+        except LOST:
+            termination.leave()  # asked to end, as the lost one was
+            raise
         finally:
             for callback in (termination, progress):
                 callback.on_train_end()  # `fit` leaves it out when it fails
@@ -602,85 +395,3 @@ def _not_finite(error: tf.errors.OpError, step: int, cases: Sequence[str]) -> Ex
         f"look at the batch's cases, {', '.join(cases)}; or lower --learning_rate and choose "
         "another --model_dir. The last checkpoint is as it was",
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run.
-
-    Args:
-        directory: Its folder.
-        config: Its settings.
-        modalities: Names of the model's input channels.
-        spacing_mm: Median voxel size of its training images; `None` if an earlier version
-            trained it.
-        splits: Who was trained on, watched and kept for the test.
-        model: With the final weights.
-    """
-
-    directory: Path
-    config: TrainConfig
-    modalities: tuple[str, ...]
-    spacing_mm: tuple[float, ...] | None
-    splits: Splits
-    model: Segmenter
-
-    @property
-    def regions(self) -> Regions:
-        """What the model segments."""
-        return self.model.regions
-
-    @cached_property
-    def folder(self) -> DataFolder:
-        """The data folder of the training; predictions do without it."""
-        folder = _read_folder(self.config)
-        folder.check_modalities(self.modalities, self.directory)
-        return folder
-
-    @cached_property
-    def _forward(self) -> Any:
-        shape = (None, *self.config.crop, len(self.modalities))
-        signature = [tf.TensorSpec(shape, tf.float32)]
-        return tf.function(lambda images: self.model(images, training=False), signature)
-
-    def predict_logits(self, images: np.ndarray) -> np.ndarray:
-        """Logits of windows.
-
-        Args:
-            images: Normalised, float32, `(n, *config.crop, modalities)`.
-
-        Returns:
-            Float32, `(n, *config.crop, regions.num_outputs)`.
-        """
-        return self._forward(images).numpy()
-
-
-def load_run(model_dir: str | os.PathLike[str], segments: bool = True) -> Run:
-    """Reads a finished run from its folder.
-
-    Args:
-        model_dir: The folder.
-        segments: Whether the model has to segment, which a pretraining's does not.
-
-    Raises:
-        InputError: If the folder holds no run, one that is not finished, or a
-            pretraining where the model has to segment.
-    """
-    directory = Path(model_dir)
-    model, modalities = load_model(directory)
-    if segments and model.pretraining:
-        raise InputError(
-            directory, "training run", "a pretraining", "a run of --mode=train",
-            f"train with --init_checkpoint={directory}",
-        )  # fmt: skip
-    path = directory / "config.yaml"
-    config = TrainConfig.from_mapping(read_settings(path), str(path))
-    spacing_mm = _read_description(directory).get("spacing_mm")
-    return Run(
-        directory,
-        config,
-        modalities,
-        tuple(spacing_mm) if spacing_mm else None,
-        Splits.read(directory / "splits"),
-        model,
-    )

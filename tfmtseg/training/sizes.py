@@ -1,4 +1,4 @@
-"""Strides, crop and contrastive cubes, chosen per axis from the data.
+"""Strides, crop, contrastive cubes and rotations, chosen per axis from the data.
 
 Slices are often several times as thick as a voxel is wide. Halving such a *thick* axis
 together with the others would throw away the little it holds, so it is left alone until
@@ -19,6 +19,7 @@ LEVELS = 3  # at which the encoder makes volumes smaller
 SAME_SPACING = 2.0  # voxels less than this many times as long as the shortest count as equal
 MAX_CROP = 96  # voxels per axis
 MAX_CUBE = 32
+MAX_ROTATION_DEGREES = 15.0
 
 
 def choose_strides(spacing_mm: Sequence[float], size: Sequence[float]) -> Strides:
@@ -101,3 +102,22 @@ def choose_cube(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
         edge -= unit
     x, y, z = (edge if grid else length for length, grid in zip(crop, carries_grid, strict=True))
     return x, y, z
+
+
+def choose_rotation(spacing_mm: Sequence[float]) -> tuple[float, float, float]:
+    """The largest rotation about each axis, in degrees: none that turns thick slices.
+
+    A rotation about an axis mixes the two others. Where voxels along one of these are twice
+    as long as along the other or more, a few degrees already move the ends of the volume
+    by several slices.
+
+    Args:
+        spacing_mm: Voxel size along x, y, z; the median of the data.
+    """
+
+    def about(axis: int) -> float:
+        one, other = (spacing_mm[i] for i in range(3) if i != axis)
+        alike = max(one, other) < SAME_SPACING * min(one, other) * (1 - 1e-3)
+        return MAX_ROTATION_DEGREES if alike else 0.0
+
+    return about(0), about(1), about(2)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import tensorflow as tf
 
 from tfmtseg.data.pipeline import Share
-from tfmtseg.errors import InputError
+from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.training.config import TrainConfig
 
 # What TensorFlow raises in one worker when another one has died.
@@ -31,19 +35,35 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     """The strategy that `config` asks for. Comes before all other use of TensorFlow.
 
     `auto` is several workers where `TF_CONFIG` names a cluster, else as many replicas as are
-    asked for, else all GPUs where there are several, else one device. Without a GPU,
-    replicas share the processor: no faster than one, but the same steps as on as many GPUs.
+    asked for, else as many GPUs as can share the patches of a step evenly, else one device.
+    Without a GPU, replicas share the processor: no faster than one, but the same steps as
+    on as many GPUs.
 
     Raises:
         InputError: If there are fewer devices than replicas, or the patches of a step
             cannot be shared out evenly.
     """
     gpus = tf.config.list_physical_devices("GPU")
-    name = config.strategy
+    shared = {}  # patches of a step
+    if config.mode == "train":
+        shared["labeled_per_step"] = config.labeled_per_step
+    if config.uses_unlabelled:
+        shared["unlabeled_per_step"] = config.unlabeled_per_step
+    name, count = config.strategy, config.num_replicas or len(gpus)
     if name == "auto":
-        name = "mirrored" if (config.num_replicas or len(gpus)) > 1 else "one_device"
         if _cluster():
             name = "multi_worker"
+        elif not config.num_replicas:
+            together = math.gcd(*shared.values())
+            count = max(n for n in range(1, max(len(gpus), 1) + 1) if together % n == 0)
+            if count < len(gpus):
+                warnings.warn(
+                    f"{' and '.join(f'--{key}={value}' for key, value in shared.items())}: "
+                    f"{count} of {len(gpus)} GPUs train; no more can share these patches evenly.",
+                    InputWarning,
+                    stacklevel=2,
+                )
+        name = "mirrored" if count > 1 else "one_device"
     if name == "one_device":
         strategy = tf.distribute.get_strategy()
     elif name == "multi_worker":
@@ -56,7 +76,6 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
             )  # fmt: skip
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     else:
-        count = config.num_replicas or len(gpus)
         if gpus and count > len(gpus):
             raise InputError(
                 "--num_replicas", "value", count, f"at most {len(gpus)}, the number of GPUs",
@@ -72,12 +91,8 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
             "--num_replicas", "value", config.num_replicas,
             f"{replicas}, as --strategy={name} comes to", "leave it out, or change --strategy",
         )  # fmt: skip
-    for setting, used in (
-        ("labeled_per_step", config.mode == "train"),
-        ("unlabeled_per_step", config.uses_unlabelled),
-    ):
-        value = getattr(config, setting)
-        if used and value % replicas:
+    for setting, value in shared.items():
+        if value % replicas:
             raise InputError(
                 f"--{setting}", "value", value,
                 f"a multiple of the {replicas} replicas, which share a step's patches evenly",
@@ -132,9 +147,15 @@ def distribute(strategy: tf.distribute.Strategy, make: Any) -> Any:
     return strategy.distribute_datasets_from_function(of_pipeline)
 
 
-def several_workers(strategy: tf.distribute.Strategy) -> bool:
-    """Whether other processes take part."""
-    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+@contextlib.contextmanager
+def lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Within it, what TensorFlow raises when another worker has died is a `WorkerLost`."""
+    try:
+        yield
+    except LOST as error:
+        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+            raise WorkerLost(error.message) from error
+        raise
 
 
 def wait_for_all(strategy: tf.distribute.Strategy) -> None:

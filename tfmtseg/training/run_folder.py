@@ -1,0 +1,134 @@
+"""Whose a run's folder is: a run goes on with the settings and data it began with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from pathlib import Path
+
+from tfmtseg.data.cache import Record
+from tfmtseg.data.cases import DataFolder
+from tfmtseg.data.splits import Splits
+from tfmtseg.errors import InputError, InputWarning
+from tfmtseg.training.checkpoint import read_description
+from tfmtseg.training.config import TrainConfig, read_settings
+from tfmtseg.training.precision import choose_precision
+from tfmtseg.training.run_data import subject_by
+
+# Settings that may differ when a run goes on: they change no result, or its rounding alone.
+# What lies in the folders is compared besides.
+MAY_CHANGE = {
+    "data_dir", "unlabeled_dir", "allow_root", "model_dir", "cache_dir", "strategy", "num_replicas",
+}  # fmt: skip
+
+
+def arrays_of(records: tuple[list[Record], list[Record], list[Record]]) -> dict[str, list[str]]:
+    """Of every case, the arrays that are trained on or watched; their names tell the content."""
+    labelled, unlabelled, development = records
+    every = (*unlabelled, *labelled, *development)  # with the label, where there is one
+    return {record.name: sorted(record.files.values()) for record in every}
+
+
+def claim_folder(
+    config: TrainConfig,
+    directory: Path,
+    folder: DataFolder,
+    splits: Splits,
+    records: tuple[list[Record], list[Record], list[Record]],
+) -> None:
+    """Refuses a folder that holds a run with other settings, or with other data."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        return
+    another = "choose another --model_dir, or repeat the settings of this run"
+    before = TrainConfig.from_mapping(read_settings(path), str(path))
+    # Of a run from before there was such a setting.
+    before = dataclasses.replace(before, precision=choose_precision(before.precision))
+    for field in dataclasses.fields(TrainConfig):
+        old, new = getattr(before, field.name), getattr(config, field.name)
+        if field.name not in MAY_CHANGE and old != new:
+            raise InputError(
+                path, field.name, repr(old), f"{new!r}, as asked for now", another
+            )  # fmt: skip
+    description = read_description(directory)
+    assert folder.regions is not None  # `read_folder` has made sure
+    for name, had, has in (
+        ("modalities", description["modalities"], list(folder.modalities)),
+        ("regions", description["arguments"]["regions"], folder.regions.get_config()),
+    ):
+        if had != has:
+            raise InputError(
+                directory / "model.json", name, had, f"{has}, as of {folder.root} now", another
+            )
+    used = Splits.read(directory / "splits")
+    for use in dataclasses.fields(Splits):
+        had, has = getattr(used, use.name), getattr(splits, use.name)
+        if had != has:
+            differing = sorted(set(had) ^ set(has))
+            raise InputError(
+                directory / "splits" / f"{use.name}.txt",
+                f"case {differing[0]}" if differing else "order",
+                "missing" if differing and differing[0] in has else "there",
+                "as the data folders and lists of cases give it now",
+                "choose another --model_dir, or bring back the data and lists of this run",
+            )  # fmt: skip
+    data_file = directory / "data.json"
+    files_before = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else {}
+    files = arrays_of(records)
+    for case, before_files in files_before.items():
+        if files[case] != before_files:
+            raise InputError(
+                data_file, f"case {case}", ", ".join(before_files),
+                f"{', '.join(files[case])}, as made of the data now",
+                "choose another --model_dir, or bring back the files of this run",
+            )  # fmt: skip
+
+
+def check_origin(config: TrainConfig, splits: Splits) -> None:
+    """Makes sure that the run of the first weights has not learned what is held out here.
+
+    Cases are the same if their subjects' names are, as they are within one data folder.
+
+    Raises:
+        InputError: If it learned labels of development or test cases.
+
+    Warns:
+        InputWarning: If it saw their images, or names of another data folder agree.
+    """
+    directory = Path(config.init_checkpoint)
+    source = TrainConfig.from_mapping(
+        read_settings(directory / "config.yaml"), str(directory / "config.yaml")
+    )
+    used = Splits.read(directory / "splits")
+
+    def subject(name: str) -> str:
+        try:
+            return subject_by(config)(name)
+        except InputError:  # the names of other data may be of another kind
+            return name
+
+    held_out = {subject(name): name for name in (*splits.development, *splits.test)}
+    labels = used.labeled if source.mode == "train" else ()
+    images = (*used.labeled, *used.unlabeled) if source.uses_unlabelled else used.labeled
+    learned, seen = (
+        sorted({held_out[who] for who in map(subject, names) if who in held_out})
+        for names in (labels, images)
+    )
+    same_data = Path(source.data_dir).resolve() == Path(config.data_dir).resolve()
+    if learned and same_data:
+        raise InputError(
+            "--init_checkpoint", f"case {learned[0]}",
+            f"one whose subject's labels {directory} was trained on",
+            "held out there too, as it is a development or test case here",
+            "start from a run with the same development and test cases",
+        )  # fmt: skip
+    if seen:
+        warnings.warn(
+            f"{directory}: was trained on images of {len(seen)} development or test cases of "
+            f"this run, such as {seen[0]}"
+            + ("" if same_data else ", should these be the same and not only in name")
+            + "; scores may flatter.",
+            InputWarning,
+            stacklevel=2,
+        )
