@@ -67,7 +67,7 @@ SOME_RUN_FAILED = 1  # exit status
 
 def _label_efficiency() -> int:
     directory = Path(_OUTPUT_DIR.value)
-    few = parse_counts(_FEW.value) if _FEW.value else []
+    few = parse_counts(_FEW.value, "--few") if _FEW.value else []
     if _REPORT_ONLY.value:
         experiment = Experiment.read(directory)
         if few:

@@ -375,11 +375,10 @@ class TestBrats:
     def test_label_maps_beside_plain_images(self, tmp_path):
         for name in ("a", "a_seg", "b_0000", "b_0001", "c_seg", "a_mask1"):
             (tmp_path / f"{name}.nii.gz").touch()
-        with pytest.warns(InputWarning, match=": a_seg looks like the label map of a,") as caught:
+        with pytest.warns(InputWarning, match=": 1 files look like .* a_seg of a,"):
             scan_data_folder(tmp_path)
-        assert len(caught) == 1
         (tmp_path / "a_seg.nii.gz").rename(tmp_path / "b-label.nii.gz")
-        with pytest.warns(InputWarning, match=": b-label looks like the label map of b,"):
+        with pytest.warns(InputWarning, match=": 1 files look like .* b-label of b,"):
             scan_data_folder(tmp_path)
 
     def test_folders_elsewhere_are_not_looked_into(self, tmp_path):

@@ -180,6 +180,17 @@ def test_further_arms_but_no_other_settings(make_experiment):
         again(["encdec"], threads=2)
 
 
+def test_what_is_left_to_the_data_is_no_other_setting(make_experiment):
+    """An experiment of before goes on with what it has, without its name on the command line."""
+    before = make_experiment("encdec", rotation_degrees=(15.0, 15.0, 0.0))
+    asked = dataclasses.replace(before.settings, rotation_degrees=(-1.0, -1.0, -1.0))
+    again = open_experiment(before.directory, "data", asked, list(before.arms.values()), 1)
+    assert again.settings == before.settings
+    other = dataclasses.replace(asked, rotation_degrees=(-1.0, 5.0, -1.0))
+    with pytest.raises(InputError, match="rotation_degrees is"):
+        open_experiment(before.directory, "data", other, list(before.arms.values()), 1)
+
+
 def test_estimates_of_the_rule(make_experiment):
     """2 us x 2 patches x 32^3 voxels x 16/8 x 100 steps, 60 s to start, 4 test cases of .5 s."""
     experiment = make_experiment("encdec", "sscpcseg", crop=(32, 32, 32), width=16, train_steps=100)
@@ -189,8 +200,9 @@ def test_estimates_of_the_rule(make_experiment):
     assert estimates.seconds(encdec) == pytest.approx(100 * step + 60 + 2)
     # Two unlabelled patches more, and a second task.
     assert estimates.seconds(sscpcseg) == pytest.approx(100 * 4 * step + 60 + 2)
-    # 0.8 GB, and 38 float32 arrays of every patch; a contrast adds 12 of 27 cubes of 16^3.
-    arrays = 38 * 2 * 32**3
+    # 0.8 GB, and in float32: 5 copies of 12 million weights at most; 38 arrays of every patch; a
+    # contrast adds 12 of 27 cubes of 16^3.
+    arrays = 38 * 2 * 32**3 + 5 * 12e6 / 16
     assert estimates.memory_mib(encdec) == pytest.approx((8e8 + 4 * 16 * arrays) / 2**20)
     arrays += 38 * 2 * 32**3 + 12 * 2 * 27 * 16**3
     assert estimates.memory_mib(sscpcseg) == pytest.approx((8e8 + 4 * 16 * arrays) / 2**20)

@@ -500,7 +500,7 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     window_gb = side**3 * 4 * 51 / 1e9
     monkeypatch.setattr(predict_module, "CALL_VOXELS", 5 * side**3)
     monkeypatch.setattr(predict_module, "resident_memory_gb", lambda: 0.5)
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["one"])
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: ["one"])
     geometry = read_geometry(data / "imagesTr/half.nii.gz")
     # The image is padded to a window: 1 modality, 2 outputs and the weights.
     image_gb = np.prod(geometry.ras_shape) * 6 / 1e9
@@ -516,7 +516,7 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
     assert windows(one + 9 * window_gb) == 5
     monkeypatch.setattr(predict_module, "available_memory_gb", lambda: one + window_gb - 0.4)
     assert windows(0.0) == 2
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [])
     assert windows(one + 9 * window_gb) == 1
 
     # Of a large image and a small window, reading and normalising take the most: 4 bytes a

@@ -29,7 +29,7 @@ def test_auto(monkeypatch, capabilities, expected):
     def details(gpu):
         return {} if gpu is None else {"compute_capability": gpu}
 
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: capabilities)
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: capabilities)
     monkeypatch.setattr(tf.config.experimental, "get_device_details", details)
     assert choose_precision("auto") == expected
     assert choose_precision("float32") == "float32"

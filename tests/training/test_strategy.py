@@ -153,7 +153,7 @@ def test_a_worker_gives_up_where_starting_again_does_not_help(tmp_path, monkeypa
 
 def test_auto_is_one_device_without_a_gpu(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: [])
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [])
     assert make_strategy(TrainConfig()) is tf.distribute.get_strategy()
 
 
@@ -173,7 +173,7 @@ def test_auto_takes_as_many_gpus_as_share_a_step(
 ):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     monkeypatch.setattr(
-        tf.config, "list_physical_devices", lambda kind: [None] * (gpus if kind == "GPU" else 1)
+        tf.config, "get_visible_devices", lambda kind: [None] * (gpus if kind == "GPU" else 1)
     )
     strategy = SimpleNamespace(num_replicas_in_sync=used)
     made = []

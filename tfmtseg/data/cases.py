@@ -884,15 +884,20 @@ def _scan_plain(root: _Root, regions: Regions | None) -> tuple[DataFolder | None
         )
         for stem in _repeated(stems)
     ]  # fmt: skip
-    for stem in stems:
-        mask = _MASK_FILE.fullmatch(stem)
-        if mask and {mask[1], f"{mask[1]}_0000"} & set(stems):
-            warnings.warn(
-                f"{root.path}: {stem} looks like the label map of {mask[1]}, but without a "
-                "dataset.json every file counts as an image. Move label maps elsewhere.",
-                InputWarning,
-                stacklevel=2,
-            )
+    known = set(stems)
+    masks = [
+        (stem, found[1])
+        for stem in stems
+        if (found := _MASK_FILE.fullmatch(stem)) and known & {found[1], f"{found[1]}_0000"}
+    ]
+    if masks:
+        warnings.warn(
+            f"{root.path}: {len(masks)} files look like label maps, such as {masks[0][0]} of "
+            f"{masks[0][1]}, but without a dataset.json every file counts as an image. Move label "
+            "maps elsewhere.",
+            InputWarning,
+            stacklevel=2,
+        )
     most = 1 + max((max(group) for group in groups.values()), default=0)
     errors += [
         InputError(

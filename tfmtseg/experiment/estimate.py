@@ -21,6 +21,7 @@ _SECONDS_PER_VOXEL = 2e-6  # of every patch of a step, at a width of 8, in propo
 _BRANCH_FACTOR = 2  # for a second task
 _START_SECONDS = 60  # TensorFlow's start and graphs, in training and evaluation
 _SECONDS_PER_TEST_CASE = 0.5
+_PARAMETERS = 48e6  # of the largest method at a width of 32
 
 RULE = (
     f"patches of a step x voxels x width / 8 x {_SECONDS_PER_VOXEL * 1e6:g} microseconds, "
@@ -41,8 +42,7 @@ class Estimates:
         self.experiment = experiment
         self.by_kind: dict[object, list[RunResult]] = {}
         ratios = []
-        here = [r for r in results.runs.values() if r.processor == processor_name()]
-        for run in here or results.runs.values():
+        for run in results.runs.values():
             arm = experiment.arms.get(run.arm)
             if arm is not None:  # the shape prior is none
                 self.by_kind.setdefault(arm.kind, []).append(run)
@@ -55,8 +55,9 @@ class Estimates:
         finished = self.by_kind.get(run.arm.kind)
         if not finished:
             return self.scale * self._rule_seconds(run.arm)
-        per_step = mean(other.seconds / other.train_steps for other in finished)
-        rest = mean(other.evaluation_seconds for other in finished)
+        here = [other for other in finished if other.processor == processor_name()] or finished
+        per_step = mean(other.seconds / other.train_steps for other in here)
+        rest = mean(other.evaluation_seconds for other in here)
         return per_step * self.experiment.steps(run.arm) + rest
 
     def memory_mib(self, run: Run) -> float:
@@ -72,7 +73,8 @@ class Estimates:
             strides = config.strides if config.has_strides else (level, level, level)
             cube_size = choose_cube((x, y, z), strides)
             config = dataclasses.replace(config, crop=(x, y, z), cube_size=cube_size)
-        return training_memory_gb(config, parameters=0) * GB / 2**20
+        parameters = round(_PARAMETERS * (config.width / 32) ** 2)
+        return training_memory_gb(config, parameters) * GB / 2**20
 
     def source(self, run: Run) -> str:
         """Where the figures of a run come from."""

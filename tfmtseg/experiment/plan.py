@@ -202,19 +202,21 @@ def count_text(num_labeled: int) -> str:
     return str(num_labeled) if num_labeled else "all"
 
 
-def parse_counts(texts: Sequence[str]) -> list[int]:
+def parse_counts(texts: Sequence[str], origin: str = "--num_labeled") -> list[int]:
     """The inverse of `count_text`, for each text.
+
+    Args:
+        texts: The texts.
+        origin: Where they come from, for messages.
 
     Raises:
         InputError: If one is neither a number above 0 nor `all`, or there are none.
     """
     if not texts:
-        raise InputError("--num_labeled", "value", "empty", "such as 3,6,all", "name some")
+        raise InputError(origin, "value", "empty", "such as 3,6,all", "name some")
     for text in texts:
         if text != "all" and not (text.isdecimal() and int(text) > 0):
-            raise InputError(
-                "--num_labeled", "value", repr(text), "a number above 0, or all", "correct it"
-            )
+            raise InputError(origin, "value", repr(text), "a number above 0, or all", "correct it")
     return [0 if text == "all" else int(text) for text in texts]
 
 
@@ -338,7 +340,7 @@ class Experiment:
                 config = TrainConfig.from_mapping(arm["settings"], str(files[1]))
                 values = {setting: getattr(config, setting) for setting in arm["settings"]}
                 arms[name] = Arm(name, arm["method"], values)
-            few = tuple(parse_counts(content.get("few", [*map(count_text, FEW)])))
+            few = tuple(parse_counts(content.get("few", [*map(count_text, FEW)]), str(files[1])))
             return cls(directory, settings, arms, int(content["threads"]), few=few)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
@@ -401,6 +403,7 @@ def open_experiment(
         before = Experiment.read(directory)
         known = dict(before.arms)
         few = few or before.few
+        settings = settings.with_unknown(before.settings.rotation_degrees)
         old = {**dataclasses.asdict(before.settings), "threads": before.threads}
         new = {**dataclasses.asdict(settings), "threads": threads}
         both = [arm for arm in arms if arm.name in known]

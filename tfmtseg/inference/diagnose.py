@@ -46,7 +46,8 @@ def diagnose(
 
     The probe learns from the run's labelled cases, the means of the search by place come
     from all training cases of its data folder (not of `unlabeled_dir`). Patches are the same
-    for all runs on the same cases.
+    for all runs on the same cases; which of their voxels the probe learns from is drawn by
+    the run's seed.
 
     Args:
         model_dir: Folder of the run; a pretraining will do.

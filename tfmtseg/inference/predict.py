@@ -264,7 +264,7 @@ def windows_per_call(
             "smaller --crop",
         )  # fmt: skip
     wanted = 1
-    if tf.config.list_physical_devices("GPU"):
+    if tf.config.get_visible_devices("GPU"):
         wanted = CALL_VOXELS // max(math.prod(run.config.crop) for run in runs)
     further = (limit - needed) / max(map(window_gb, runs))
     return max(1, min(wanted, 1 + int(min(further, CALL_VOXELS))))

@@ -244,6 +244,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.clock = Clock()
         # Not the optimizer's count, in which Keras 3 leaves out what loss scaling left out.
         self.step = 0
+        self.saved_step = 0  # of several workers, whichever has written
         self._kept = {
             "step": tf.Variable(0, dtype=tf.int64, trainable=False),
             "seconds": tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False),
@@ -263,8 +264,9 @@ class Checkpoints(keras.callbacks.Callback):
         latest = latest_checkpoint(self.directory)
         if latest is not None:
             self.state.restore(latest).assert_consumed()
+            self.saved_step = int(self._kept["step"])
             if self.step == 0:  # this call has made no update yet
-                self.step = int(self._kept["step"])
+                self.step = self.saved_step
                 self.clock.go_on(self._kept["seconds"].numpy())
         return self.step
 
@@ -286,6 +288,7 @@ class Checkpoints(keras.callbacks.Callback):
             self._kept["seconds"].assign(self.clock.read())
             with whole_or_not(self.directory):
                 self.manager.save()
+        self.saved_step = self.step
 
 
 class Termination(keras.callbacks.Callback):
@@ -310,20 +313,22 @@ class Termination(keras.callbacks.Callback):
         self.asked = True
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Saves amid an epoch; at its end that is done with what else belongs there."""
-        if self.asked and batch + 1 < self.params["steps"]:
+        """Saves at once; leaves unless the epoch is complete, whose line of history comes first."""
+        if self.asked:
             self.checkpoints.commit()
-            self.leave()
+            if batch + 1 < self.params["steps"]:
+                self.leave()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Comes after the epoch's line of history and its save."""
-        self.leave()
+        """Leaves, if asked to."""
+        if self.asked:
+            self.leave()
 
     def leave(self) -> None:
-        """If asked to, ends the process with status 143, as shells call a death by SIGTERM."""
-        if self.asked:
-            print(f"Asked to end after step {self.checkpoints.step}. Repeat the command to go on.")
-            sys.exit(128 + signal.SIGTERM)
+        """Ends the process with status 143, as shells call a death by SIGTERM."""
+        step = self.checkpoints.saved_step
+        print(f"Asked to end: saved after step {step}. Repeat the command to go on.")
+        sys.exit(128 + signal.SIGTERM)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Listens no longer."""

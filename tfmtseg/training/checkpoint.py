@@ -113,10 +113,12 @@ def load_model(
             "repeat its training command" if unfinished else f"correct {flag}",
         )  # fmt: skip
     try:
-        content = json.loads((directory / "model.json").read_text(encoding="utf-8"))
+        content = read_description(directory)
         modalities = tuple(content["modalities"])
         arguments = content["arguments"]
-        model = Segmenter.from_config({**arguments, "dtype": precision or arguments["dtype"]})
+        if precision:
+            arguments = {**arguments, "dtype": precision}
+        model = Segmenter.from_config(arguments)
         model.build((None, *content["crop"], len(modalities)))
         _weights(model).read(str(directory / "weights" / "final")).assert_consumed()
     except (OSError, KeyError, TypeError, ValueError, AssertionError, tf.errors.OpError) as error:

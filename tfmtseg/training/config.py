@@ -21,7 +21,7 @@ from tfmtseg.models.contrastive_branch import LEAST_CUBES, check_grid, grid_shap
 from tfmtseg.models.dense_branch import view_shape
 from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
 from tfmtseg.training.precision import PRECISIONS
-from tfmtseg.training.sizes import Strides, total_strides
+from tfmtseg.training.sizes import MAX_ROTATION_DEGREES, Strides, total_strides
 
 UNKNOWN = (0, 0, 0)
 OPTIMIZERS = ("adamw", "ranger")
@@ -323,7 +323,7 @@ class TrainConfig:
             ),
             (
                 "flips",
-                self.contrastive_form != "dense_across" or not any(self.flips),
+                self.contrast != "dense_across" or not any(self.flips),
                 "false,false,false with --contrastive_form=dense_across, for which a place has to "
                 "be the same anatomy in every case",
                 "choose this, or another form",
@@ -374,11 +374,11 @@ class TrainConfig:
         for name, holds, rule, fix in rules:
             if not holds:
                 raise InputError(f"--{name}", "value", repr(getattr(self, name)), rule, fix)
-        if self._form in LEAST_CUBES and min(*self.crop, *self.cube_size) > 0:
-            check_grid(grid_shape(self.crop, self.cube_size), self._form)
+        if self.contrast in LEAST_CUBES and min(*self.crop, *self.cube_size) > 0:
+            check_grid(grid_shape(self.crop, self.cube_size), self.contrast)
 
     @property
-    def _form(self) -> str:
+    def contrast(self) -> str:
         """The contrast's form; empty for methods without one."""
         contrastive = self.method in METHODS and METHODS[self.method].branch == "contrastive"
         return self.contrastive_form if contrastive else ""
@@ -386,15 +386,24 @@ class TrainConfig:
     @property
     def _room_for_views(self) -> bool:
         """Whether a dense contrast, if there is one, can cut views at different places."""
-        if not self._form.startswith("dense") or min(self.crop) == 0 or not self.has_strides:
+        if not self.contrast.startswith("dense") or min(self.crop) == 0 or not self.has_strides:
             return True
         return view_shape(self.crop, self.strides) != self.crop
 
     @property
     def augmentation(self) -> Augmentation:
         """The augmentation's share of the settings."""
-        names = [f.name for f in fields(Augmentation)]
-        return Augmentation(**{name: getattr(self, name) for name in names})
+        values = {f.name: getattr(self, f.name) for f in fields(Augmentation)}
+        known = self.with_unknown(rotation_degrees=(MAX_ROTATION_DEGREES,) * 3)
+        return Augmentation(**{**values, "rotation_degrees": known.rotation_degrees})
+
+    def with_unknown(self, rotation_degrees: tuple[float, float, float]) -> TrainConfig:
+        """These settings, with what is left to us, below 0, as given."""
+        x, y, z = (
+            asked if asked >= 0 else given
+            for asked, given in zip(self.rotation_degrees, rotation_degrees, strict=True)
+        )
+        return dataclasses.replace(self, rotation_degrees=(x, y, z))
 
     @property
     def has_strides(self) -> bool:

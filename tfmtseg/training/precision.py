@@ -16,7 +16,7 @@ def choose_precision(asked: str) -> str:
     """
     if asked != "auto":
         return asked
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     if not gpus:
         return "float32"
     capabilities = [

@@ -68,7 +68,7 @@ from tfmtseg.training.run_data import (
     split_cases,
     training_geometries,
 )
-from tfmtseg.training.run_folder import arrays_of, check_origin, claim_folder
+from tfmtseg.training.run_folder import arrays_of, as_begun, check_origin, claim_folder
 from tfmtseg.training.sizes import (
     MAX_CROP,
     choose_crop,
@@ -81,6 +81,7 @@ from tfmtseg.training.strategy import (
     distribute,
     lost_workers,
     make_strategy,
+    several_workers,
     wait_for_all,
     writes,
 )
@@ -120,7 +121,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with alone, lost_workers(strategy):
         records = cache_cases(config, folder, further, splits)
         geometries = training_geometries(folder, further, splits)
-        config = _resolve(config, geometries)
+        config = _resolve(as_begun(config, directory), geometries)
         config.check()
         spacing_mm = _median_spacing(geometries)
         claim_folder(config, directory, folder, splits, records)
@@ -210,25 +211,19 @@ def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig
         strides = choose_strides(spacing_mm, _known(config.crop, np.minimum(median, MAX_CROP)))
     crop = _known(config.crop, choose_crop(median, strides))
     cube_size = _known(config.cube_size, choose_cube(crop, strides))
-    if config.contrastive_form == "dense_across" and np.less(crop, 0.75 * np.array(median)).any():
+    if config.contrast == "dense_across" and np.less(crop, 0.75 * np.array(median)).any():
         warnings.warn(
             f"--contrastive_form=dense_across: patches of {crop} are cut anywhere from volumes of "
             f"{tuple(median)} voxels, so that the same place is the same anatomy only in part.",
             InputWarning,
             stacklevel=2,
         )
-    x, y, z = (
-        degrees if degrees >= 0 else chosen
-        for degrees, chosen in zip(
-            config.rotation_degrees, choose_rotation(spacing_mm), strict=True
-        )
-    )
+    config = config.with_unknown(choose_rotation(spacing_mm))
     return dataclasses.replace(
         config,
         strides=strides,
         crop=crop,
         cube_size=cube_size,
-        rotation_degrees=(x, y, z),
         precision=choose_precision(config.precision),
     )
 
@@ -376,8 +371,10 @@ def _fit(
             step = checkpoints.step
             names = batch_cases(labelled, unlabelled, step, **per_step, seed=config.seed)
             raise _not_finite(error, step, names) from None
-        except LOST:
-            termination.leave()  # asked to end, as the lost one was
+        except LOST as error:
+            if several_workers(strategy) and termination.asked:
+                print(f"Another worker was lost too: {error.message.splitlines()[0]}")
+                termination.leave()
             raise
         finally:
             for callback in (termination, progress):

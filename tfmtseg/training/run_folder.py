@@ -23,6 +23,15 @@ MAY_CHANGE = {
 }  # fmt: skip
 
 
+def as_begun(config: TrainConfig, directory: Path) -> TrainConfig:
+    """The settings, with what is left to us as the run in the folder has it, if there is one."""
+    path = directory / "config.yaml"
+    if not path.exists():
+        return config
+    before = TrainConfig.from_mapping(read_settings(path), str(path))
+    return config.with_unknown(before.rotation_degrees)
+
+
 def arrays_of(records: tuple[list[Record], list[Record], list[Record]]) -> dict[str, list[str]]:
     """Of every case, the arrays that are trained on or watched; their names tell the content."""
     labelled, unlabelled, development = records

@@ -43,7 +43,7 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
         InputError: If there are fewer devices than replicas, or the patches of a step
             cannot be shared out evenly.
     """
-    gpus = tf.config.list_physical_devices("GPU")
+    gpus = tf.config.get_visible_devices("GPU")
     shared = {}  # patches of a step
     if config.mode == "train":
         shared["labeled_per_step"] = config.labeled_per_step
@@ -147,13 +147,18 @@ def distribute(strategy: tf.distribute.Strategy, make: Any) -> Any:
     return strategy.distribute_datasets_from_function(of_pipeline)
 
 
+def several_workers(strategy: tf.distribute.Strategy) -> bool:
+    """Whether other processes take part."""
+    return isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+
+
 @contextlib.contextmanager
 def lost_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Within it, what TensorFlow raises when another worker has died is a `WorkerLost`."""
     try:
         yield
     except LOST as error:
-        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        if several_workers(strategy):
             raise WorkerLost(error.message) from error
         raise
 
