@@ -68,6 +68,7 @@ def test_an_instruction_set_that_was_chosen(monkeypatch):
 )
 def test_a_gpu_that_the_ops_leave_idle(monkeypatch, record, gpus, problem):
     record = replace(library.record(), **record)
+    monkeypatch.setattr(library, "is_built", lambda: True)  # without CUDA, here
     monkeypatch.setattr(library, "record", lambda: record)
     monkeypatch.setattr(library, "_driver_cuda", lambda: 12)
     monkeypatch.setattr(build, "visible_architectures", lambda: gpus)
