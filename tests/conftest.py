@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import runpy
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,15 @@ def survives_config() -> Callable[..., Any]:
     and a value for each argument, none of them the default; returns what was made again.
     """
     return _survives_config
+
+
+@pytest.fixture(scope="session")
+def starter() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs a script by its path; see `tools/starter.py`."""
+    path = Path(__file__).resolve().parent / "tools" / "starter.py"
+    starter = runpy.run_path(str(path))["Starter"]()
+    yield starter
+    starter.end()
 
 
 @pytest.fixture

@@ -1,11 +1,9 @@
-"""The bad inputs, written anew for each run of the tests, and what starts scripts."""
+"""The bad inputs, written anew for each run of the tests."""
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +19,3 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("bad") / "inputs"
     subprocess.run([sys.executable, SCRIPT, folder], check=True, capture_output=True)
     return folder
-
-
-@pytest.fixture(scope="session")
-def starter() -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Runs a script by its path; see `../tools/starter.py`."""
-    path = Path(__file__).resolve().parents[1] / "tools" / "starter.py"
-    starter = runpy.run_path(str(path))["Starter"]()
-    yield starter
-    starter.end()
