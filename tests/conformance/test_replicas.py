@@ -17,6 +17,11 @@ CROP = (16, 16, 16)
 # Methods that differ in their data alone are one network, see test_methods.py.
 NETWORKS = tuple({replace(m, uses_unlabelled=False): name for name, m in METHODS.items()}.values())
 FORMS = ("paper", "dense", "dense_across", "classes")
+CASES: dict[str, dict] = {
+    **{name: {"method": name} for name in NETWORKS},
+    **{form: {"method": "sscpcseg", "contrastive_form": form} for form in FORMS},
+    "augmented cubes": {"method": "sscpcseg", "augment_cubes": True},
+}
 UPDATES = 5  # made before: the teacher labels, and follows by less than the whole
 
 # Labelled volumes and which of them each replica has. Unequal numbers of either kind
@@ -86,12 +91,9 @@ def mirrored():
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
-@pytest.fixture(scope="module", params=[*NETWORKS, *FORMS])
+@pytest.fixture(scope="module", params=CASES)
 def pair(request, mirrored) -> tuple[Trainee, Trainee]:
-    name = request.param
-    arguments = {"method": "sscpcseg", "contrastive_form": name}
-    if name in NETWORKS:
-        arguments = {"method": name}
+    arguments = CASES[request.param]
     return tuple(Trainee(s, **arguments) for s in (tf.distribute.get_strategy(), mirrored))
 
 

@@ -317,9 +317,9 @@ def test_config_has_every_argument(survives_config):
     survives_config(
         Segmenter, regions=Regions.parse("brats_msd").get_config(), method="bcpcpcseg", width=8,
         dropout=0.5, strides=IN_PLANE, cube_size=(8, 8, 4), contrastive_form="dense",
-        predictor_blocks=1, negatives="batch", branch_weight=0.25, teacher_momentum=0.5,
-        teacher_start=3, pseudo_label_weight=0.75, largest_component=True, pretraining=True,
-        remat=True, seed=7,
+        predictor_blocks=1, negatives="batch", augment_cubes=True, branch_weight=0.25,
+        teacher_momentum=0.5, teacher_start=3, pseudo_label_weight=0.75, largest_component=True,
+        pretraining=True, remat=True, seed=7,
     )  # fmt: skip
 
 

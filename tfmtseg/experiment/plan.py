@@ -38,7 +38,8 @@ KNOWN_ARMS = {"control_a": "sscpcseg:branch_weight=0", "pasted": "bcp:teacher_st
 # What every arm is measured against.
 BASELINE = "encdec"
 CONTRAST_SETTINGS = {
-    "branch_weight", "contrastive_form", "cube_size", "negatives", "predictor_blocks",
+    "augment_cubes", "branch_weight", "contrastive_form", "cube_size", "negatives",
+    "predictor_blocks",
 }  # fmt: skip
 TEACHER_SETTINGS = {"pseudo_label_weight", "teacher_momentum", "teacher_start"}
 # Settings of the second task alone. Arms that differ in others too, such as the width, are

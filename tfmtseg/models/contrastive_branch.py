@@ -17,6 +17,7 @@ from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrast import check_negatives, contrast, spatial_size
 from tfmtseg.models.encoder import LEVELS
 from tfmtseg.models.remat import recompute_in_parts
+from tfmtseg.models.views import another_view
 from tfmtseg.ops import info_nce, retrieval_accuracy
 from tfmtseg.ops.seed import Seed
 
@@ -132,13 +133,17 @@ class ContrastiveBranch(Branch):
             the branch.
         negatives: Which cases the repaired form takes negatives from: `"case"`, `"batch"`
             or `"global"`, see `contrast`. The paper's form stays within the case.
+        augment_cubes: Whether every cube is changed by a draw of its own, see
+            `another_view`. What all cubes of a volume share, their augmentation above all,
+            tells which case a code is of; this hides some of it.
         **kwargs: As for every Keras layer.
 
     Call arguments:
         images: `(batch, x, y, z, modalities)`, spatial sizes known.
         encode: Maps cubes `(n, x, y, z, modalities)`, and the number of their first one
             among all cubes where it is not 0, to the encoder's last level.
-        seed: A `Seed`, which chooses the sampled negatives. Defaults to a fixed one.
+        seed: A `Seed`, which chooses the sampled negatives and how cubes are changed.
+            Defaults to a fixed one.
         real: See `contrast`.
 
     Returns:
@@ -164,6 +169,7 @@ class ContrastiveBranch(Branch):
         blocks: int = 2,
         negatives: str = "global",
         remat: bool = False,
+        augment_cubes: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -181,6 +187,7 @@ class ContrastiveBranch(Branch):
         self.negatives = negatives
         self.default_weight = DEFAULT_WEIGHTS[form]
         self.remat = remat
+        self.augment_cubes = augment_cubes
         self.blocks = [ResidualBlock(channels, name=f"block{i}") for i in range(blocks)]
         self.last = convolution(channels, 1, name="last")
 
@@ -206,7 +213,7 @@ class ContrastiveBranch(Branch):
 
     def keys(self, batch: Batch) -> tf.Tensor:
         """See `Branch`: the codes."""
-        codes = self._codes(batch.others, self._last_level(batch))
+        codes = self._codes(batch.others, self._last_level(batch), batch.seed)
         return tf.reshape(codes, (-1, math.prod(codes.shape[1:4]), self.channels))
 
     def call(
@@ -218,10 +225,11 @@ class ContrastiveBranch(Branch):
     ) -> dict[str, tf.Tensor]:
         """See the class."""
         grid = self._grid(images)
-        codes = self._codes(images, encode)
+        seed = Seed.fixed() if seed is None else seed
+        codes = self._codes(images, encode, seed)
         if self.form == "repaired":
             return self._repaired(codes, grid, real)
-        return self._paper(codes, grid, Seed.fixed() if seed is None else seed)
+        return self._paper(codes, grid, seed)
 
     def _grid(self, images: tf.Tensor) -> Factors:
         size = spatial_size(images)
@@ -237,10 +245,12 @@ class ContrastiveBranch(Branch):
         cubes = math.prod(self._grid(batch.others))
         return lambda images, first=0: batch.encode(images, cubes, first)[LEVELS[-1]]
 
-    def _codes(self, images: tf.Tensor, encode: Callable[..., tf.Tensor]) -> tf.Tensor:
+    def _codes(self, images: tf.Tensor, encode: Callable[..., tf.Tensor], seed: Seed) -> tf.Tensor:
         """Codes on their grid, `(batch, x, y, z, channels)`, float32."""
         grid = self._grid(images)
         cubes = extract_cubes(images, self.cube_size)
+        if self.augment_cubes:  # `seed` itself draws the paper's negatives
+            cubes = another_view(cubes, seed.fold(1).per_row(math.prod(grid)))
 
         def mean_features(*cubes: tf.Tensor) -> tf.Tensor:
             return tf.reduce_mean(tf.cast(encode(*cubes), tf.float32), (1, 2, 3))
@@ -334,5 +344,6 @@ class ContrastiveBranch(Branch):
             "blocks": len(self.blocks),
             "negatives": self.negatives,
             "remat": self.remat,
+            "augment_cubes": self.augment_cubes,
         }
         return {**super().get_config(), **config}

@@ -68,6 +68,8 @@ class Segmenter(compat.Model):
         negatives: Which cases a contrast takes negatives from: `"case"`, `"batch"` or
             `"global"`, see `contrast`. The last two differ where there are several
             replicas. Not for the paper's form; positives across cases exclude `"case"`.
+        augment_cubes: Whether each of the contrastive branch's cubes is changed by a draw
+            of its own, see `ContrastiveBranch`.
         branch_weight: Factor of the branch's loss. Defaults to 0.001 for the paper's
             contrastive form and 0.1 for all others, 0.1 for the variational and 1 for the
             boundary branch.
@@ -127,6 +129,7 @@ class Segmenter(compat.Model):
         contrastive_form: str = "repaired",
         predictor_blocks: int = 8,
         negatives: str = "global",
+        augment_cubes: bool = False,
         branch_weight: float | None = None,
         teacher_momentum: float = 0.99,
         teacher_start: int = 1,
@@ -196,6 +199,7 @@ class Segmenter(compat.Model):
                     predictor_blocks,
                     negatives,
                     remat,
+                    augment_cubes,
                     name="contrastive_branch",
                 )
         self.branch_weight = branch_weight
@@ -230,6 +234,7 @@ class Segmenter(compat.Model):
             "contrastive_form": contrastive_form,
             "predictor_blocks": predictor_blocks,
             "negatives": negatives,
+            "augment_cubes": augment_cubes,
             "branch_weight": branch_weight,
             "teacher_momentum": teacher_momentum,
             "teacher_start": teacher_start,

@@ -179,7 +179,7 @@ def _task(branch: Branch | None) -> dict[str, Any]:
     return {
         name: value
         for name, value in config.items()
-        if name not in ("dtype", "remat", "negatives", "across_cases")
+        if name not in ("dtype", "remat", "negatives", "across_cases", "augment_cubes")
     }
 
 

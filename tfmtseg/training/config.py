@@ -102,6 +102,11 @@ class TrainConfig:
         "Where a contrast's negatives come from: the case, the replica's batch, or the global "
         "batch of all replicas. The paper's form stays within the case.",
     )
+    augment_cubes: bool = _setting(
+        False,
+        "Whether each contrastive cube has gain, shift and noise of its own; else all cubes of a "
+        "patch share its augmentation.",
+    )
     branch_weight: float = _setting(-1.0, "Factor of the branch's loss; below 0: the default.")
 
     teacher_momentum: float = _setting(0.99, "Momentum of the weights of copy-paste's teacher.")

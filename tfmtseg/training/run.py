@@ -250,6 +250,7 @@ def make_model(config: TrainConfig, regions: Regions) -> Segmenter:
         contrastive_form=config.contrastive_form,
         predictor_blocks=config.predictor_blocks,
         negatives=config.negatives,
+        augment_cubes=config.augment_cubes,
         branch_weight=None if config.branch_weight < 0 else config.branch_weight,
         teacher_momentum=config.teacher_momentum,
         teacher_start=max(1, round(config.teacher_start * config.train_steps)),
