@@ -42,7 +42,7 @@ def rows_of(branch, images, seed, monkeypatch) -> tuple[np.ndarray, np.ndarray]:
     """The features that are compared, without changes of intensity and projection."""
     seen = []
     monkeypatch.setattr(dense_branch, "another_view", lambda images, seed: images)
-    monkeypatch.setattr(branch, "_project", lambda x: tf.reshape(x, (len(x), -1, 3)))
+    monkeypatch.setattr(branch, "project", lambda rows: rows)
     monkeypatch.setattr(
         dense_branch,
         "contrast",

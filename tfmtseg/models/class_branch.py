@@ -9,17 +9,14 @@ import numpy as np
 import tensorflow as tf
 
 from tfmtseg import compat
-from tfmtseg.compat import keras
 from tfmtseg.losses.segmentation import region_masks
-from tfmtseg.models.branch import Batch, Branch
-from tfmtseg.models.contrast import check_negatives
-from tfmtseg.models.contrastive_branch import temperature_weight
+from tfmtseg.models.branch import Batch
+from tfmtseg.models.voxel_contrast import VoxelContrast
 from tfmtseg.ops import info_nce, replicas, retrieval_accuracy
 from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 
 VOXELS = 32  # drawn of each class in each volume
-HIDDEN, LENGTH = 64, 32  # of the projection
 
 
 def voxel_classes(labels: tf.Tensor, regions: Regions) -> tf.Tensor:
@@ -63,7 +60,7 @@ def draw_voxels(classes: tf.Tensor, count: int, seed: Seed) -> tuple[tf.Tensor, 
 
 
 @compat.register
-class ClassContrastiveBranch(Branch):
+class ClassContrastiveBranch(VoxelContrast):
     """Tells voxels of one class from those of all others.
 
     Of each volume that is segmented anyway, the same number of voxels of every class is
@@ -107,8 +104,6 @@ class ClassContrastiveBranch(Branch):
     prefix = "class"
     shown = ("loss", "accuracy", "chance")
     learns_from = "labels"
-    default_weight = 0.1
-    decodes = True
 
     def __init__(
         self,
@@ -117,27 +112,14 @@ class ClassContrastiveBranch(Branch):
         negatives: str = "global",
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        self.supports_jit = False  # the op has no XLA form; Keras 3 then compiles without XLA
-        check_negatives(negatives)
+        super().__init__(width, negatives, **kwargs)
         if negatives == "case":
             raise ValueError(
                 "negatives: value is 'case', must be 'batch' or 'global' where voxels of the same "
                 "class in other cases are positives. Fix: change --negatives or "
                 "--contrastive_form."
             )
-        self.width = width
         self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
-        self.negatives = negatives
-        self.hidden = keras.layers.Dense(HIDDEN, "relu", name="hidden")
-        self.projection = keras.layers.Dense(LENGTH, name="projection")
-
-    def build(self, input_shape: Any) -> None:
-        """Builds the projection; the shape of the images is not looked at."""
-        self.hidden.build((None, self.width))
-        self.projection.build((None, HIDDEN))
-        self.log_temperature = temperature_weight(self)
-        self.built = True
 
     def parts(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from all volumes that are segmented, each voxel drawn counting alike."""
@@ -166,7 +148,7 @@ class ClassContrastiveBranch(Branch):
         self, features: tf.Tensor, classes: tf.Tensor, counted: tf.Tensor
     ) -> dict[str, tf.Tensor]:
         """See the class."""
-        rows = tf.cast(self.projection(self.hidden(features)), tf.float32)
+        rows = self.project(features)
         own = tf.shape(rows)[0]
         before, keys, key_classes, key_mask = 0, rows, classes, counted
         if self.negatives == "global" and replicas.count() > 1:
@@ -198,9 +180,4 @@ class ClassContrastiveBranch(Branch):
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of this layer."""
-        config = {
-            "width": self.width,
-            "regions": self.regions.get_config(),
-            "negatives": self.negatives,
-        }
-        return {**super().get_config(), **config}
+        return {**super().get_config(), "regions": self.regions.get_config()}

@@ -1,13 +1,19 @@
-"""The contrast that contrastive branches share: which keys a query is compared with."""
+"""What contrastive branches share: the temperature, which keys a query is compared with."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from tfmtseg import compat
+from tfmtseg.compat import keras
 from tfmtseg.ops import info_nce, replicas, retrieval_accuracy
 
 NEGATIVES = ("case", "batch", "global")
+MIN_TEMPERATURE = 0.03
 
 
 def check_negatives(negatives: str) -> None:
@@ -21,6 +27,24 @@ def check_negatives(negatives: str) -> None:
             f"negatives: value is {negatives!r}, must be one of {', '.join(NEGATIVES)}. "
             "Fix: change --negatives."
         )
+
+
+class _TemperatureRange(keras.constraints.Constraint):
+    """Keeps the logarithm of a temperature within [ln 0.03, 0]."""
+
+    def __call__(self, w: tf.Tensor) -> tf.Tensor:
+        return tf.clip_by_value(tf.convert_to_tensor(w), math.log(MIN_TEMPERATURE), 0.0)
+
+
+def temperature_weight(layer: Any) -> Any:
+    """The logarithm of a learned temperature, which begins at 0.1, as a weight of `layer`."""
+    return compat.float32_weight(
+        layer,
+        name="log_temperature",
+        shape=(),
+        initializer=keras.initializers.Constant(math.log(0.1)),
+        constraint=_TemperatureRange(),
+    )
 
 
 def spatial_size(images: tf.Tensor) -> tuple[int, int, int]:

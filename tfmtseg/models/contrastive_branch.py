@@ -14,7 +14,7 @@ from tfmtseg.compat import keras
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors, ResidualBlock, convolution
 from tfmtseg.models.branch import Batch, Branch
-from tfmtseg.models.contrast import check_negatives, contrast, spatial_size
+from tfmtseg.models.contrast import check_negatives, contrast, spatial_size, temperature_weight
 from tfmtseg.models.encoder import LEVELS
 from tfmtseg.models.remat import recompute_in_parts
 from tfmtseg.models.views import another_view
@@ -22,7 +22,6 @@ from tfmtseg.ops import info_nce, retrieval_accuracy
 from tfmtseg.ops.seed import Seed
 
 PAPER_NEGATIVES = 20
-MIN_TEMPERATURE = 0.03
 DEFAULT_WEIGHTS = {"repaired": 0.1, "paper": 0.001}
 # Cubes along at least one axis: something to predict from, something to predict, and between
 # them in the repaired form what both would show.
@@ -83,24 +82,6 @@ def extract_cubes(images: tf.Tensor, cube_size: Sequence[int]) -> tf.Tensor:
     steps = [max(1, edge // 2) for edge in cube_size]
     patches = tf.extract_volume_patches(images, [1, *cube_size, 1], [1, *steps, 1], "VALID")
     return tf.reshape(patches, (-1, *cube_size, images.shape[-1]))
-
-
-class _TemperatureRange(keras.constraints.Constraint):
-    """Keeps the logarithm of a temperature within [ln 0.03, 0]."""
-
-    def __call__(self, w: tf.Tensor) -> tf.Tensor:
-        return tf.clip_by_value(tf.convert_to_tensor(w), math.log(MIN_TEMPERATURE), 0.0)
-
-
-def temperature_weight(layer: Any) -> Any:
-    """The logarithm of a learned temperature, which begins at 0.1, as a weight of `layer`."""
-    return compat.float32_weight(
-        layer,
-        name="log_temperature",
-        shape=(),
-        initializer=keras.initializers.Constant(math.log(0.1)),
-        constraint=_TemperatureRange(),
-    )
 
 
 @compat.register

@@ -10,17 +10,15 @@ import numpy as np
 import tensorflow as tf
 
 from tfmtseg import compat
-from tfmtseg.compat import keras
 from tfmtseg.models.blocks import Factors, per_axis
-from tfmtseg.models.branch import Batch, Branch
-from tfmtseg.models.contrast import check_negatives, contrast, spatial_size
-from tfmtseg.models.contrastive_branch import temperature_weight
+from tfmtseg.models.branch import Batch
+from tfmtseg.models.contrast import contrast, spatial_size
 from tfmtseg.models.encoder import ISOTROPIC
 from tfmtseg.models.views import another_view
+from tfmtseg.models.voxel_contrast import VoxelContrast
 from tfmtseg.ops.seed import Seed
 
 SPACING = 3  # voxels between the places that are compared
-HIDDEN, LENGTH = 64, 32  # of the projection
 
 
 def view_shape(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
@@ -38,7 +36,7 @@ def view_shape(crop: Sequence[int], strides: Sequence[Factors]) -> Factors:
 
 
 @compat.register
-class DenseContrastiveBranch(Branch):
+class DenseContrastiveBranch(VoxelContrast):
     """Finds each place of a volume again in another view of it.
 
     Two *views* are cut from every volume, at different offsets and with different
@@ -87,8 +85,6 @@ class DenseContrastiveBranch(Branch):
     prefix = "dense"
     shown = ("loss", "accuracy", "chance")
     learns_from = "images"
-    default_weight = 0.1
-    decodes = True
 
     def __init__(
         self,
@@ -98,27 +94,14 @@ class DenseContrastiveBranch(Branch):
         negatives: str = "global",
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
-        self.supports_jit = False  # the op has no XLA form; Keras 3 then compiles without XLA
-        check_negatives(negatives)
+        super().__init__(width, negatives, **kwargs)
         if across_cases and negatives == "case":
             raise ValueError(
                 "negatives: value is 'case', must be 'batch' or 'global' where the same place of "
                 "other cases is a positive. Fix: change --negatives or --contrastive_form."
             )
-        self.negatives = negatives
-        self.width = width
         self.strides = per_axis(strides)
         self.across_cases = across_cases
-        self.hidden = keras.layers.Dense(HIDDEN, "relu", name="hidden")
-        self.projection = keras.layers.Dense(LENGTH, name="projection")
-
-    def build(self, input_shape: Any) -> None:
-        """Builds the projection; the shape of the images is not looked at."""
-        self.hidden.build((None, self.width))
-        self.projection.build((None, HIDDEN))
-        self.log_temperature = temperature_weight(self)
-        self.built = True
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from all volumes."""
@@ -166,22 +149,16 @@ class DenseContrastiveBranch(Branch):
             view = _box(images, offsets[i], size)
             features = describe(another_view(view, seeds[1 + i]), i)
             common = _box(features, start - offsets[i], np.subtract(size, room).tolist())
-            places.append(self._project(common[:, ::SPACING, ::SPACING, ::SPACING]))
+            lattice = common[:, ::SPACING, ::SPACING, ::SPACING]
+            rows = self.project(tf.reshape(lattice, (-1, lattice.shape[-1])))
+            places.append(tf.reshape(rows, (-1, math.prod(lattice.shape[1:4]), rows.shape[-1])))
         return places
-
-    def _project(self, features: tf.Tensor) -> tf.Tensor:
-        """Maps `(batch, x, y, z, channels)` to `(batch, places, LENGTH)`, float32."""
-        rows = tf.reshape(features, (-1, features.shape[-1]))
-        projected = tf.cast(self.projection(self.hidden(rows)), tf.float32)
-        return tf.reshape(projected, (-1, math.prod(features.shape[1:4]), LENGTH))
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of this layer."""
         config = {
-            "width": self.width,
             "strides": self.strides,
             "across_cases": self.across_cases,
-            "negatives": self.negatives,
         }
         return {**super().get_config(), **config}
 

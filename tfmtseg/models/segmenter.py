@@ -589,6 +589,17 @@ class Segmenter(compat.Model):
         _, shown, metrics, counts = self._forward(data, training=False)
         return self._update_metrics(shown, metrics, counts)
 
+    def loss_terms(self, data: Any) -> dict[str, tf.Tensor]:
+        """The losses that `test_step` shows, for gradients of each of them.
+
+        Args:
+            data: As of `fit`, one batch.
+
+        Returns:
+            Float32 scalars by name, such as `seg_loss` and `cpc_loss`, without weights.
+        """
+        return self._forward(data, training=False)[1]
+
     @property
     def state(self) -> list[Any]:
         """All weights that an update changes: the trainable ones and the teacher's."""
