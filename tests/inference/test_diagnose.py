@@ -154,6 +154,22 @@ def test_angles_of_losses_that_are_known(monkeypatch):
     assert abs(found["decoder_cosine"]) < 0.05
 
 
+@pytest.mark.parametrize("method", ["ssvaeseg", "boundseg", "bcpcpcseg"])
+def test_every_second_task_has_angles(method):
+    keras.utils.set_random_seed(0)
+    model = Segmenter(2, method=method, width=8, cube_size=8, predictor_blocks=1)
+    model.build((None, 16, 16, 16, 1))
+    labels = np.random.default_rng(0).integers(3, size=(2, 8, 8, 8))
+    for axis in (1, 2, 3):
+        labels = labels.repeat(2, axis)
+    batches = [(tf.constant(labels[..., None], tf.float32), labels)]
+    found = gradient_angles(model, batches)
+    assert found["encoder_ratio"] > 0
+    assert 0 < abs(found["encoder_cosine"]) < 1
+    model.branch_weight = 0.0
+    assert gradient_angles(model, batches) == {**found, "encoder_ratio": 0.0}
+
+
 def spy(monkeypatch) -> list:
     """Gets the names of the cases whenever patches are read, and what is made of them."""
     events = []

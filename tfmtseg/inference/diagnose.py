@@ -187,8 +187,8 @@ def gradient_angles(
         Of the weights of the encoder, and of the decoder where the branch teaches it:
         `encoder_ratio`, the length of the branch's gradient, with its weight in the loss,
         over that of the segmentation, median over batches; `encoder_cosine`, the cosine of
-        the angle between them, mean over batches; `encoder_cosine_error`, its standard
-        error.
+        the angle between them, 0 where one has no length, mean over batches;
+        `encoder_cosine_error`, its standard error.
     """
     assert model.branch is not None
     assert model.branch_weight is not None
@@ -202,12 +202,20 @@ def gradient_angles(
         for name, part in parts.items():
             weights = compat.tensorflow_variables(part.trainable_variables)
             segmentation, branch = (
-                np.concatenate([np.ravel(value) for value in tape.gradient(terms[term], weights)])
+                np.concatenate(
+                    [
+                        np.ravel(value)
+                        for value in tape.gradient(
+                            terms[term], weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
+                        )
+                    ]
+                )
                 for term in ("seg_loss", f"{model.branch.prefix}_loss")
             )
             lengths = np.linalg.norm(segmentation), np.linalg.norm(branch)
             ratio = model.branch_weight * lengths[1] / lengths[0]
-            found[name].append((ratio, segmentation @ branch / np.prod(lengths)))
+            cosine = segmentation @ branch / (np.prod(lengths) or 1.0)
+            found[name].append((ratio, cosine))
     result = {}
     for name, pairs in found.items():
         ratios, cosines = np.transpose(pairs)
