@@ -1,4 +1,4 @@
-"""Measures what a trained network's features hold: contrast, place, gradients, labels."""
+"""Measures what a trained network's features hold: contrast, place, labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SPLIT = flags.DEFINE_enum(
 
 def _diagnose() -> None:
     result = diagnose(_MODEL_DIR.value, _SPLIT.value, _DATA_DIR.value)
-    for part in ("contrast", "gradients", "probe"):
+    for part in ("contrast", "probe"):
         for name, value in result.get(part, {}).items():
             print(f"{part + ' ' + name:28} {value:.4f}")
 

@@ -39,6 +39,24 @@ def test_arms():
 
 
 @pytest.mark.parametrize(
+    "setting",
+    [
+        "augment_cubes=true",
+        "branch_weight=1",
+        "contrastive_form=paper",
+        "cube_size=16",
+        "negatives=case",
+        "predictor_blocks=1",
+    ],
+)
+def test_the_control_of_a_contrast_knows_nothing_of_it(setting):
+    beside, alone = parse_arms([f"a=bcpcpcseg:{setting}", f"b=sscpcseg:{setting}"])
+    assert beside.control == ("bcp", ())
+    assert alone.control == ("encdec", ())
+    assert beside.differs_in_task_alone
+
+
+@pytest.mark.parametrize(
     ("texts", "message"),
     [
         (["unet"], "--arms: arm is 'unet', must be one of shape_prior, encdec"),

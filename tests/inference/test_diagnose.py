@@ -13,14 +13,7 @@ from tfmtseg.data.cases import read_data_folder
 from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.data.splits import Splits
 from tfmtseg.inference import diagnose as diagnose_module
-from tfmtseg.inference.diagnose import (
-    RIDGE,
-    LinearProbe,
-    accuracy_by_place,
-    diagnose,
-    gradient_angles,
-)
-from tfmtseg.models.segmenter import Segmenter
+from tfmtseg.inference.diagnose import RIDGE, LinearProbe, accuracy_by_place, diagnose
 from tfmtseg.regions import Regions
 from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.finished_run import Run
@@ -102,74 +95,6 @@ def test_the_probe_is_scored_case_by_case(monkeypatch):
     assert found == {"h0": pytest.approx(1 / 3)}
 
 
-def test_angles_of_losses_that_are_known(monkeypatch):
-    """The segmentation's own loss, twice it, its negative, and one that it knows nothing of."""
-    keras.utils.set_random_seed(0)
-    model = Segmenter(
-        2, method="sscpcseg", contrastive_form="dense", width=8, branch_weight=0.25, dropout=0.0
-    )
-    model.build((None, 8, 8, 8, 1))
-    rng = np.random.default_rng(0)
-    batches = [
-        (
-            tf.constant(rng.normal(size=(2, 8, 8, 8, 1)), tf.float32),
-            rng.integers(3, size=(2, 8, 8, 8)),
-        )
-        for _ in range(3)
-    ]
-
-    def angles(factor: float) -> dict[str, float]:
-        def parts(batch):
-            (volumes,) = batch.segmented
-            values = model.segmentation_loss.call(volumes.labels, model.head(volumes.features))
-            return {"loss": factor * tf.reduce_mean(values)}
-
-        monkeypatch.setattr(model.branch, "parts", parts)
-        return gradient_angles(model, batches)
-
-    for factor in (1.0, 2.0, -1.0):
-        found = angles(factor)
-        assert list(found) == [
-            f"{part}_{name}"
-            for part in ("encoder", "decoder")
-            for name in ("ratio", "cosine", "cosine_error")
-        ]
-        for part in ("encoder", "decoder"):
-            assert found[f"{part}_ratio"] == pytest.approx(0.25 * abs(factor), rel=1e-4)
-            assert found[f"{part}_cosine"] == pytest.approx(np.sign(factor), abs=1e-5)
-            assert found[f"{part}_cosine_error"] == pytest.approx(0, abs=1e-5)
-
-    # In some 20,000 weights, random directions have a cosine of about 0.007.
-    directions = [
-        (weight, rng.normal(size=weight.shape).astype(np.float32))
-        for weight in model.encoder.trainable_variables + model.decoder.trainable_variables
-    ]
-    monkeypatch.setattr(
-        model.branch,
-        "parts",
-        lambda _: {"loss": tf.add_n([tf.reduce_sum(weight * way) for weight, way in directions])},
-    )
-    found = gradient_angles(model, batches)
-    assert abs(found["encoder_cosine"]) < 0.05
-    assert abs(found["decoder_cosine"]) < 0.05
-
-
-@pytest.mark.parametrize("method", ["ssvaeseg", "boundseg", "bcpcpcseg"])
-def test_every_second_task_has_angles(method):
-    keras.utils.set_random_seed(0)
-    model = Segmenter(2, method=method, width=8, cube_size=8, predictor_blocks=1)
-    model.build((None, 16, 16, 16, 1))
-    labels = np.random.default_rng(0).integers(3, size=(2, 8, 8, 8))
-    for axis in (1, 2, 3):
-        labels = labels.repeat(2, axis)
-    batches = [(tf.constant(labels[..., None], tf.float32), labels)]
-    found = gradient_angles(model, batches)
-    assert found["encoder_ratio"] > 0
-    assert 0 < abs(found["encoder_cosine"]) < 1
-    model.branch_weight = 0.0
-    assert gradient_angles(model, batches) == {**found, "encoder_ratio": 0.0}
-
-
 def spy(monkeypatch) -> list:
     """Gets the names of the cases whenever patches are read, and what is made of them."""
     events = []
@@ -209,8 +134,7 @@ def test_a_run_is_measured(tmp_path, monkeypatch, form):
     # with a label. Held-out cases come after the fit.
     search = [("read", names[:2]), ("read", names[2:]), "search by place"]
     probe = [("read", names[:1]), *["fit"] * 5, *(("read", [name]) for name in names[2:])]
-    gradients = [("read", names[2:])]
-    assert events == ([] if form == "classes" else search) + gradients + probe
+    assert events == (probe if form == "classes" else search + probe)
     path = tmp_path / "run" / "diagnosis" / "development.json"
     assert json.loads(path.read_text()) == result
     assert result["cases"] == 2
@@ -224,12 +148,6 @@ def test_a_run_is_measured(tmp_path, monkeypatch, form):
         assert 0 <= contrast["accuracy"] <= 1
         assert 0 <= contrast["accuracy_by_place"] <= 1
         assert contrast["loss"] > 0
-    reached = ["encoder"] if form == "repaired" else ["encoder", "decoder"]
-    assert [name for name in result["gradients"] if name.endswith("cosine")] == [
-        f"{part}_cosine" for part in reached
-    ]
-    assert all(-1 <= result["gradients"][f"{part}_cosine"] <= 1 for part in reached)
-    assert all(result["gradients"][f"{part}_ratio"] > 0 for part in reached)
     assert list(result["probe"]) == ["h0", "h1", "h2", "h3", "decoder"]
     # The largest region is brighter than the rest: even untrained features tell it apart.
     assert 0.1 < result["probe"]["h0"] <= 1

@@ -41,6 +41,7 @@ def finished(directory: Path, model: Segmenter, modalities=MODALITIES) -> Path:
         ({"method": "encdec"}, {"method": "bcp", "regions": 3}, ["encoder", "decoder"]),
         ({}, {"pretraining": True}, ["encoder", "decoder", "head", "branch"]),
         ({}, {"negatives": "case"}, ["encoder", "decoder", "head", "branch"]),
+        ({}, {"augment_cubes": True}, ["encoder", "decoder", "head", "branch"]),
         ({"method": "encdec"}, {"method": "boundseg"}, ["encoder", "decoder"]),
         ({"method": "boundseg"}, {"method": "encdec"}, ["encoder", "decoder"]),
         ({"method": "vaeseg"}, {"method": "vaeseg"}, ["encoder", "decoder", "head", "branch"]),

@@ -132,6 +132,15 @@ def test_pretraining_needs_a_branch_and_unlabelled_patches(field, value):
         dataclasses.replace(config, **{field: value}).check()
 
 
+def test_cubes_that_are_not_there_cannot_be_augmented():
+    config = dataclasses.replace(GOOD, augment_cubes=True)
+    for form in ("repaired", "paper"):
+        dataclasses.replace(config, contrastive_form=form).check()
+    dataclasses.replace(config, contrastive_form="dense", method="encdec").check()
+    with pytest.raises(InputError, match=r"^--augment_cubes: .* false with .*=dense, .*Fix: leave"):
+        dataclasses.replace(config, contrastive_form="dense").check()
+
+
 @pytest.mark.parametrize("form", ["dense_across", "classes"])
 def test_positives_across_cases_need_other_cases(form):
     config = dataclasses.replace(GOOD, contrastive_form=form, flips=(False, False, False))

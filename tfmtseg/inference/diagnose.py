@@ -5,15 +5,13 @@ Answers, for the question whether a contrastive task helps a segmentation:
 * Is the task learned? Loss and accuracy on held-out cases, beside chance.
 * Could it be solved without looking? The accuracy of a search by place: each key is looked
   for by the mean of the keys at its place in the training cases.
-* Does learning it help? The angle between its gradient and that of the segmentation: at a
-  right angle, what lowers the one loss leaves the other as it is.
 * Do the features know the labels? The Dice score of a linear probe on each level.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,6 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from tqdm import tqdm
 
-from tfmtseg import compat
-from tfmtseg.compat import keras
 from tfmtseg.data.cache import Record, build_cache
 from tfmtseg.data.pipeline import held_out_batches
 from tfmtseg.files import write_json
@@ -60,9 +56,8 @@ def diagnose(
 
     Returns:
         What is written: `contrast` with `loss`, `accuracy`, `chance` (nats) and
-        `accuracy_by_place`, for runs with a contrastive branch that needs no label;
-        `gradients`, see `gradient_angles`, for runs with a second task beside the
-        segmentation; `probe` with the mean Dice score of each level.
+        `accuracy_by_place`, for runs with a contrastive branch that needs no label; `probe`
+        with the mean Dice score of each level.
 
     Raises:
         InputError: If the folder holds no finished run, or the split is empty.
@@ -85,9 +80,6 @@ def diagnose(
     contrast = _contrast(run, training, held_out_records)
     if contrast:
         result["contrast"] = contrast
-    if run.model.branch is not None and not run.model.pretraining:
-        batches = _whole_batches(run, held_out_records, "Gradients")
-        result["gradients"] = gradient_angles(run.model, batches)
     result["probe"] = _probe(run, records[: len(labelled)], held_out_records)
     write_json(run.directory / "diagnosis" / f"{split}.json", result)
     return result
@@ -112,28 +104,6 @@ def _patches(
             yield images, labels.numpy()
 
 
-def _per_batch(run: Run) -> int:
-    return run.config.unlabeled_per_step or run.config.labeled_per_step
-
-
-def _batches(
-    run: Run, records: Sequence[Record], what: str
-) -> Iterable[tuple[tf.Tensor, np.ndarray]]:
-    """Patches in batches as large as the training's, with a progress bar."""
-    per_batch = _per_batch(run)
-    total = ROUNDS * -(-len(records) // per_batch)
-    return tqdm(_patches(run, records, per_batch), desc=what, total=total, unit="batch")
-
-
-def _whole_batches(
-    run: Run, records: Sequence[Record], what: str
-) -> Iterator[tuple[tf.Tensor, np.ndarray]]:
-    """Those but the last of a round with fewer patches, for which a contrast is easier."""
-    for images, labels in _batches(run, records, what):
-        if len(images) == min(_per_batch(run), len(records)):
-            yield images, labels
-
-
 def _contrast(
     run: Run, training: Sequence[Record], held_out: Sequence[Record]
 ) -> dict[str, float] | None:
@@ -141,13 +111,23 @@ def _contrast(
     branch = run.model.branch
     if branch is None or branch.learns_from == "labels" or "accuracy" not in branch.shown:
         return None
+    config = run.config
+    per_batch = config.unlabeled_per_step if config.uses_unlabelled else config.labeled_per_step
+
+    def images_of(records: Sequence[Record], what: str) -> Iterator[tf.Tensor]:
+        total = ROUNDS * -(-len(records) // per_batch)
+        patches = _patches(run, records, per_batch)
+        return (images for images, _ in tqdm(patches, desc=what, total=total, unit="batch"))
+
     sums: list[np.ndarray] = [
         tf.reduce_sum(branch.keys(_batch(run.model, images)), 0).numpy()
-        for images, _ in _batches(run, training, "Keys by place")
+        for images in images_of(training, "Keys by place")
     ]
     means = np.sum(sums, axis=0)  # their lengths do not matter
     found: dict[str, list[float]] = {name: [] for name in (*branch.shown, "accuracy_by_place")}
-    for images, _ in _whole_batches(run, held_out, "Contrast"):
+    for images in images_of(held_out, "Contrast"):
+        if len(images) < min(per_batch, len(held_out)):
+            continue  # what is left of the cases has fewer candidates: an easier task
         batch = _batch(run.model, images)
         for name, value in branch.learn(batch).items():
             found[name].append(float(tf.reduce_mean(value)))
@@ -172,57 +152,6 @@ def _batch(model: Segmenter, images: tf.Tensor) -> Batch:
         training=False,
         share=tf.ones(()),
     )
-
-
-def gradient_angles(
-    model: Segmenter, batches: Iterable[tuple[tf.Tensor, np.ndarray]]
-) -> dict[str, float]:
-    """How the gradient of the second task lies to that of the segmentation.
-
-    Args:
-        model: One with a branch.
-        batches: Images and their label maps.
-
-    Returns:
-        Of the weights of the encoder, and of the decoder where the branch teaches it:
-        `encoder_ratio`, the length of the branch's gradient, with its weight in the loss,
-        over that of the segmentation, median over batches; `encoder_cosine`, the cosine of
-        the angle between them, 0 where one has no length, mean over batches;
-        `encoder_cosine_error`, its standard error.
-    """
-    assert model.branch is not None
-    assert model.branch_weight is not None
-    parts: dict[str, keras.layers.Layer] = {"encoder": model.encoder}
-    if model.branch.decodes:
-        parts["decoder"] = model.decoder
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in parts}
-    for images, labels in batches:
-        with tf.GradientTape(persistent=True) as tape:
-            terms = model.loss_terms((images, labels))
-        for name, part in parts.items():
-            weights = compat.tensorflow_variables(part.trainable_variables)
-            segmentation, branch = (
-                np.concatenate(
-                    [
-                        np.ravel(value)
-                        for value in tape.gradient(
-                            terms[term], weights, unconnected_gradients=tf.UnconnectedGradients.ZERO
-                        )
-                    ]
-                )
-                for term in ("seg_loss", f"{model.branch.prefix}_loss")
-            )
-            lengths = np.linalg.norm(segmentation), np.linalg.norm(branch)
-            ratio = model.branch_weight * lengths[1] / lengths[0]
-            cosine = segmentation @ branch / (np.prod(lengths) or 1.0)
-            found[name].append((ratio, cosine))
-    result = {}
-    for name, pairs in found.items():
-        ratios, cosines = np.transpose(pairs)
-        result[f"{name}_ratio"] = float(np.median(ratios))
-        result[f"{name}_cosine"] = float(np.mean(cosines))
-        result[f"{name}_cosine_error"] = float(np.std(cosines) / np.sqrt(len(cosines)))
-    return result
 
 
 def accuracy_by_place(means: np.ndarray, keys: tf.Tensor) -> float:

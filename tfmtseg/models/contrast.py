@@ -1,4 +1,4 @@
-"""What contrastive branches share: the temperature, which keys a query is compared with."""
+"""What contrastive branches share: the temperature, and which keys a query is compared with."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ class ContrastiveBranch(Branch):
             the branch.
         negatives: Which cases the repaired form takes negatives from: `"case"`, `"batch"`
             or `"global"`, see `contrast`. The paper's form stays within the case.
-        augment_cubes: Whether every cube is changed by a draw of its own, see
+        augment_cubes: Whether in training every cube is changed by a draw of its own, see
             `another_view`. What all cubes of a volume share, their augmentation above all,
             tells which case a code is of; this hides some of it.
         **kwargs: As for every Keras layer.
@@ -126,6 +126,7 @@ class ContrastiveBranch(Branch):
         seed: A `Seed`, which chooses the sampled negatives and how cubes are changed.
             Defaults to a fixed one.
         real: See `contrast`.
+        training: Whether cubes are changed, with `augment_cubes`.
 
     Returns:
         `loss`, in nats, and `accuracy`, each `(queries,)`; `chance`, a scalar: the
@@ -190,11 +191,17 @@ class ContrastiveBranch(Branch):
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from the volumes without a label, where there are any."""
         encode = self._last_level(batch)
-        return self(batch.others, encode=encode, seed=batch.seed, real=batch.share > 0)
+        return self(
+            batch.others,
+            encode=encode,
+            seed=batch.seed,
+            real=batch.share > 0,
+            training=batch.training,
+        )
 
     def keys(self, batch: Batch) -> tf.Tensor:
         """See `Branch`: the codes."""
-        codes = self._codes(batch.others, self._last_level(batch), batch.seed)
+        codes = self._codes(batch.others, self._last_level(batch))
         return tf.reshape(codes, (-1, math.prod(codes.shape[1:4]), self.channels))
 
     def call(
@@ -203,11 +210,14 @@ class ContrastiveBranch(Branch):
         encode: Callable[..., tf.Tensor],
         seed: Seed | None = None,
         real: tf.Tensor | bool = True,
+        training: bool = False,
     ) -> dict[str, tf.Tensor]:
         """See the class."""
         grid = self._grid(images)
         seed = Seed.fixed() if seed is None else seed
-        codes = self._codes(images, encode, seed)
+        # `seed` itself draws the paper's negatives.
+        changes = seed.fold(1) if self.augment_cubes and training else None
+        codes = self._codes(images, encode, changes)
         if self.form == "repaired":
             return self._repaired(codes, grid, real)
         return self._paper(codes, grid, seed)
@@ -226,12 +236,14 @@ class ContrastiveBranch(Branch):
         cubes = math.prod(self._grid(batch.others))
         return lambda images, first=0: batch.encode(images, cubes, first)[LEVELS[-1]]
 
-    def _codes(self, images: tf.Tensor, encode: Callable[..., tf.Tensor], seed: Seed) -> tf.Tensor:
-        """Codes on their grid, `(batch, x, y, z, channels)`, float32."""
+    def _codes(
+        self, images: tf.Tensor, encode: Callable[..., tf.Tensor], changes: Seed | None = None
+    ) -> tf.Tensor:
+        """Codes on their grid, `(batch, x, y, z, channels)`, float32; of changed cubes, if so."""
         grid = self._grid(images)
         cubes = extract_cubes(images, self.cube_size)
-        if self.augment_cubes:  # `seed` itself draws the paper's negatives
-            cubes = another_view(cubes, seed.fold(1).per_row(math.prod(grid)))
+        if changes is not None:
+            cubes = another_view(cubes, changes.per_row(math.prod(grid)))
 
         def mean_features(*cubes: tf.Tensor) -> tf.Tensor:
             return tf.reduce_mean(tf.cast(encode(*cubes), tf.float32), (1, 2, 3))

@@ -136,7 +136,7 @@ class DenseContrastiveBranch(VoxelContrast):
         describe: Callable[[tf.Tensor, int], tf.Tensor],
         seed: Seed | None,
     ) -> list[tf.Tensor]:
-        """The places of both views, projected, `(batch, places, LENGTH)`."""
+        """The places of both views, projected, `(batch, places, length)`."""
         crop = spatial_size(images)
         size = view_shape(crop, self.strides)
         room = np.subtract(crop, size)

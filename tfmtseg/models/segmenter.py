@@ -69,7 +69,7 @@ class Segmenter(compat.Model):
             `"global"`, see `contrast`. The last two differ where there are several
             replicas. Not for the paper's form; positives across cases exclude `"case"`.
         augment_cubes: Whether each of the contrastive branch's cubes is changed by a draw
-            of its own, see `ContrastiveBranch`.
+            of its own, see `ContrastiveBranch`; of no use to forms without cubes.
         branch_weight: Factor of the branch's loss. Defaults to 0.001 for the paper's
             contrastive form and 0.1 for all others, 0.1 for the variational and 1 for the
             boundary branch.
@@ -588,17 +588,6 @@ class Segmenter(compat.Model):
         """The same losses and scores without dropout and without an update."""
         _, shown, metrics, counts = self._forward(data, training=False)
         return self._update_metrics(shown, metrics, counts)
-
-    def loss_terms(self, data: Any) -> dict[str, tf.Tensor]:
-        """The losses that `test_step` shows, for gradients of each of them.
-
-        Args:
-            data: As of `fit`, one batch.
-
-        Returns:
-            Float32 scalars by name, such as `seg_loss` and `cpc_loss`, without weights.
-        """
-        return self._forward(data, training=False)[1]
 
     @property
     def state(self) -> list[Any]:

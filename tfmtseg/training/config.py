@@ -104,8 +104,8 @@ class TrainConfig:
     )
     augment_cubes: bool = _setting(
         False,
-        "Whether each contrastive cube has gain, shift and noise of its own; else all cubes of a "
-        "patch share its augmentation.",
+        "Whether each cube of the repaired or paper contrast has gain, shift and noise of its own "
+        "besides the augmentation of its patch.",
     )
     branch_weight: float = _setting(-1.0, "Factor of the branch's loss; below 0: the default.")
 
@@ -325,6 +325,12 @@ class TrainConfig:
                 or self.contrastive_form not in ("dense_across", "classes"),
                 f"batch or global with --contrastive_form={self.contrastive_form}",
                 "choose one",
+            ),
+            (
+                "augment_cubes",
+                not self.augment_cubes or self.contrast in ("", *LEAST_CUBES),
+                f"false with --contrastive_form={self.contrastive_form}, which has no cubes",
+                "leave it out",
             ),
             (
                 "flips",
