@@ -363,8 +363,7 @@ def test_the_settings_reach_the_model():
         method="bcpcpcseg", seed=3, width=16, strides=((2, 2, 1), (2, 2, 2), (2, 2, 2)),
         precision="mixed_bfloat16", remat=True, dropout=0.3, contrastive_form="dense",
         cube_size=(16, 16, 8), predictor_blocks=2, negatives="case", augment_cubes=True,
-        branch_weight=0.0,
-        teacher_momentum=0.5, teacher_start=0.25, pseudo_label_weight=0.125,
+        branch_weight=0.0, teacher_momentum=0.5, teacher_start=0.25, pseudo_label_weight=0.125,
         largest_component=True, train_steps=80,
     )  # fmt: skip
     model = make_model(config, Regions.parse("b=1,2;a=2"))
