@@ -373,6 +373,12 @@ def test_nothing_finished(make_experiment):
         write_report(make_experiment("encdec"), [3])
 
 
+def test_runs_of_an_arm_that_the_experiment_lost(report):
+    """As when experiment.yaml alone was put back: no report without them."""
+    with pytest.raises(InputError, match=r"experiment\.yaml: arms is without bcp, must be all"):
+        report(GAINS, arms=[arm for arm in GAINS if arm != "bcp"])
+
+
 def test_the_best_method_is_no_control(make_experiment, make_results):
     experiment = make_experiment("encdec", "cpcseg", "sscpcseg", "control_a")
     results = make_results({"encdec": 0.9, "cpcseg": 0.1, "sscpcseg": 0.2, "control_a": 0.3})

@@ -59,13 +59,19 @@ def write_report(experiment: Experiment, few: Sequence[int]) -> None:
         few: Numbers of labelled cases at which the claims are judged.
 
     Raises:
-        InputError: If no run is finished.
+        InputError: If no run is finished, or one is of an arm that the experiment does not have.
     """
     results = Results.read(experiment.results)
     if not results.runs:
         raise InputError(
             experiment.results, "runs.csv", "missing", "there: at least one finished run",
             "repeat the command without --report_only",
+        )  # fmt: skip
+    unknown = {run.arm for run in results.runs.values()} - {SHAPE_PRIOR, *experiment.arms}
+    if unknown:
+        raise InputError(
+            experiment.results / "experiment.yaml", "arms", f"without {', '.join(sorted(unknown))}",
+            "all arms that runs.csv has", "bring back the file, as from git",
         )  # fmt: skip
     settings = experiment.settings
     subject = partial(
