@@ -6,11 +6,23 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 
 BAD_INPUT = 2  # exit status
 BAD_SYSTEM = 1
+
+
+def command(name: str) -> str:
+    """How to call another script, in the way in which this one was called.
+
+    Args:
+        name: Of the script, such as `evaluate`: installed it is `tfmtseg-evaluate`, in a clone
+            `tools/evaluate.py`.
+    """
+    installed = Path(sys.argv[0]).name.startswith("tfmtseg-")
+    return f"tfmtseg-{name}" if installed else f"python tools/{name}.py"
 
 
 def flags_only(argv: Sequence[str]) -> None:

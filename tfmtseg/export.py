@@ -34,8 +34,8 @@ from tfmtseg.inference.in_graph import (
     region_probabilities,
     sliding_window_logits,
 )
-from tfmtseg.models.copy_paste import label_map
 from tfmtseg.ops import library
+from tfmtseg.ops.regions import label_map
 from tfmtseg.training.checkpoint import whole_or_not
 from tfmtseg.training.finished_run import Run, load_run
 from tfmtseg.training.sizes import total_strides

@@ -21,13 +21,14 @@ from tfmtseg.regions import Regions
 
 _CROP = flags.DEFINE_list("crop", ["96"] * 3, "Voxels of a patch.")
 _CUBE_SIZE = flags.DEFINE_list("cube_size", ["32"] * 3, "Voxels of a contrastive cube.")
+_LABELED = flags.DEFINE_integer("labeled", 2, "Labelled patches of a replica in a step.")
 _UNLABELED = flags.DEFINE_integer("unlabeled", 2, "Unlabelled patches of a replica in a step.")
 _WIDTH = flags.DEFINE_integer("width", 32, "Channels of the first level.")
 _MODALITIES = flags.DEFINE_integer("modalities", 4, "Input channels.")
 _GBIT_PER_S = flags.DEFINE_float("gbit_per_s", 100, "Of each machine's network.")
 
 REPLICAS = (1, 8, 64)
-MACHINES = 8
+MACHINES = 8  # among which the most replicas are shared out
 STEPS_S = (0.1, 0.3, 1.0)
 
 
@@ -53,6 +54,14 @@ def contrast_size(
     return unlabeled * queries, cases * (places - 1) + 1, cases * places * length * 4 / 2**20
 
 
+def patches_mib(crop: Sequence[int], modalities: int, labeled: int, replicas: int) -> float:
+    """MiB of the labelled patches, float32, and their `int32` labels, of all replicas.
+
+    Copy-paste (`bcp`) gathers them on each.
+    """
+    return labeled * replicas * math.prod(crop) * 4 * (modalities + 1) / 2**20
+
+
 def exchange_s(num_bytes: float, machines: int, gbit_per_s: float) -> float:
     """Seconds that a ring of machines takes to sum `num_bytes`, by bandwidth alone."""
     return 2 * (machines - 1) / machines * num_bytes / (gbit_per_s / 8 * 1e9)
@@ -75,12 +84,15 @@ def main(argv: list[str]) -> None:
     header = " | ".join(f"of {step_s:g} s" for step_s in STEPS_S)
     print(f"| method | parameters, million | exchanged, MiB | exchange, ms | {header} |")
     print("|" + "---|" * (4 + len(STEPS_S)))
-    for method in ("encdec", "sscpcseg"):
+    patches = patches_mib(crop, _MODALITIES.value, _LABELED.value, REPLICAS[-1])
+    for method in ("encdec", "bcp", "sscpcseg"):
         model = Segmenter(Regions.parse("brats_msd"), method, width=_WIDTH.value)
         model.build((None, *crop, _MODALITIES.value))
         count = sum(model.count_parameters().values())
-        # The keys go round too, and so does their gradient.
-        num_bytes = 4 * count + (0 if model.branch is None else 1.5 * keys_mib * 2**20)
+        # The keys go round too, and so does their gradient; patches need none.
+        gathered = 0 if model.branch is None else 1.5 * keys_mib
+        gathered += 0 if model.teacher is None else 0.5 * patches
+        num_bytes = 4 * count + gathered * 2**20
         seconds = exchange_s(num_bytes, MACHINES, _GBIT_PER_S.value)
         shares = " | ".join(f"{step_s / (step_s + seconds):.0%}" for step_s in STEPS_S)
         print(

@@ -39,7 +39,7 @@ _COMPARISON = flags.DEFINE_string(
 def _evaluate() -> None:
     split = _SPLIT.value
     if len(_MODEL_DIR.value) != 1:  # a single one is read in a moment
-        check_runs(_MODEL_DIR.value)
+        check_runs(_MODEL_DIR.value, split, same_cases=bool(_COMPARISON.value))
     for model_dir in _MODEL_DIR.value:
         summary = evaluate(
             model_dir,
@@ -52,13 +52,13 @@ def _evaluate() -> None:
         _print_means(summary)
         print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")
         print(f"Report: {Path(model_dir) / 'evaluation' / split / 'report.html'}")
-    if len(_MODEL_DIR.value) > 1:
+    if _COMPARISON.value:
+        compare(_MODEL_DIR.value, _COMPARISON.value, split, _DATA_DIR.value)
+        print(f"Comparison: {_COMPARISON.value}")
+    elif len(_MODEL_DIR.value) > 1:
         together = summarize_runs(_MODEL_DIR.value, split)
         print(f"All {len(_MODEL_DIR.value)} runs, {together['num_cases']} cases")
         _print_means(together)
-    if _COMPARISON.value:
-        compare(_MODEL_DIR.value, _COMPARISON.value, split)
-        print(f"Comparison: {_COMPARISON.value}")
 
 
 def _print_means(summary: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import app, flags
 
-from tfmtseg.console import BAD_SYSTEM, flags_only, report_problems
+from tfmtseg.console import BAD_SYSTEM, command, flags_only, report_problems
 from tfmtseg.data.cases import peek_data_folder
 from tfmtseg.training.checkpoint import latest_checkpoint
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings
@@ -93,12 +93,12 @@ def _train() -> int:
     except WorkerLost as error:
         return _start_again(config, error)
     if config.mode == "pretrain":
-        further = f"train.py --init_checkpoint={config.model_dir}"
+        further = f"{command('train')} --init_checkpoint={config.model_dir}"
     elif result.get("num_test"):
-        further = f"evaluate.py --model_dir={config.model_dir}"
+        further = f"{command('evaluate')} --model_dir={config.model_dir}"
     else:
-        further = f"predict.py --model_dir={config.model_dir}"
-    print(f"Trained in {result['seconds']:.0f} s. Next: python tools/{further}")
+        further = f"{command('predict')} --model_dir={config.model_dir}"
+    print(f"Trained in {result['seconds']:.0f} s. Next: {further}")
     return 0
 
 

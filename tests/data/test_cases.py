@@ -462,7 +462,13 @@ class TestPlain:
 
     def test_one_name_twice(self, tmp_path):
         self.touch(tmp_path, "a.nii", "a.nii.gz")
-        assert "case a is there as .nii.gz and as .nii" in problems(tmp_path)[0]
+        (text,) = problems(tmp_path)
+        assert "case a is there as a.nii and a.nii.gz, must be one file" in text
+
+    def test_label_map_beside_channels(self, tmp_path):
+        self.touch(tmp_path, "a.nii.gz", "a_0000.nii.gz", "a_0001.nii.gz")
+        (text,) = problems(tmp_path)
+        assert "case a is there as a.nii.gz and a_0000.nii.gz, must be one file" in text
 
     def test_link_to_a_file_outside(self, tmp_path):
         root = tmp_path / "root"

@@ -94,6 +94,16 @@ class TestGeometry:
         np.testing.assert_array_equal(written.affine, nib.load(tmp_path / "i.nii.gz").affine)
         assert (written.header["qform_code"], written.header["sform_code"]) == (1, 0)
 
+    def test_pixdim_beside_an_sform_alone(self, tmp_path):
+        image = nib.Nifti1Image(random_image(), np.eye(4))
+        image.header["pixdim"][1:4] = 0.7, 0.7, 5
+        nib.save(image, tmp_path / "i.nii.gz")
+        with pytest.warns(InputWarning, match=r"pixdim, 0\.7 x 0\.7 x 5, .* disagree"):
+            assert nifti.read_geometry(tmp_path / "i.nii.gz").spacing_mm == (1, 1, 1)
+        image.header["pixdim"][1:4] = 1.001, 0.999, 1
+        nib.save(image, tmp_path / "i.nii.gz")
+        nifti.read_geometry(tmp_path / "i.nii.gz")
+
     def test_channels_follow_the_axes(self, tmp_path):
         voxels = random_image((*SHAPE, 3))
         path = save(tmp_path / "i.nii.gz", voxels, AFFINES["permuted"])

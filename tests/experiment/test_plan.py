@@ -209,6 +209,13 @@ def test_what_is_left_to_the_data_is_no_other_setting(make_experiment):
         open_experiment(before.directory, "data", other, list(before.arms.values()), 1)
 
 
+def test_an_experiment_goes_on_where_its_folders_lie_elsewhere(make_experiment):
+    before = make_experiment("encdec", unlabeled_dir="old")
+    asked = dataclasses.replace(before.settings, unlabeled_dir="new", allow_root="store")
+    again = open_experiment(before.directory, "data", asked, list(before.arms.values()), 1)
+    assert (again.settings.unlabeled_dir, again.settings.allow_root) == ("new", "store")
+
+
 def test_estimates_of_the_rule(make_experiment):
     """2 us x 2 patches x 32^3 voxels x 16/8 x 100 steps, 60 s to start, 4 test cases of .5 s."""
     experiment = make_experiment("encdec", "sscpcseg", crop=(32, 32, 32), width=16, train_steps=100)
@@ -225,6 +232,25 @@ def test_estimates_of_the_rule(make_experiment):
     arrays += 38 * 2 * 32**3 + 12 * 2 * 27 * 16**3
     assert estimates.memory_mib(sscpcseg) == pytest.approx((8e8 + 4 * 16 * arrays) / 2**20)
     assert estimates.source(encdec) == "rule"
+
+
+def test_many_outputs_take_memory(make_experiment, tmp_path):
+    """9 arrays of two patches for each beyond six: of 8, and of those that the data declare."""
+    arms = {"crop": (32, 32, 32), "width": 16}
+
+    def memory_mib(**settings):
+        experiment = make_experiment("encdec", **arms, **settings)
+        experiment = dataclasses.replace(experiment, data_dir="" if settings else str(tmp_path))
+        (arm,) = experiment.arms.values()
+        return Estimates(experiment, Results({}, {})).memory_mib(Run(arm, 3, 0))
+
+    content = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+    labels = {"background": 0, **{f"organ {i}": i for i in range(1, 104)}}
+    few = memory_mib(regions="brats_msd")
+    nested = memory_mib(regions="a=1,2,3,4;b=2,3,4;c=3,4;d=4")
+    assert nested - few == pytest.approx(4 * 9 * 2 * 2 * 32**3 / 2**20)
+    (tmp_path / "dataset.json").write_text(json.dumps({**content, "labels": labels}))
+    assert memory_mib() - few == pytest.approx(4 * 9 * 98 * 2 * 32**3 / 2**20)
 
 
 def test_estimates_from_finished_runs(make_experiment, make_results):

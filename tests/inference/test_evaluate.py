@@ -220,7 +220,7 @@ def test_runs_are_not_compared_where_mirrored_images_voted_in_one(make_run, tmp_
 
 def test_runs_are_checked_before_the_first_is_evaluated(make_run, monkeypatch):
     first, second = make_run("first"), make_run("second")
-    check_runs([first, second])
+    check_runs([first, second], same_cases=True)
     with pytest.raises(InputError, match="must be each run once"):
         check_runs([first, f"{first}/."])
     with pytest.raises(InputError, match="--model_dir: value is empty"):
@@ -529,12 +529,49 @@ def test_windows_per_call_by_hand(make_run, data, monkeypatch):
         predict_module.windows_per_call([run], {"large": large}, 0.5 + 0.3 - 1e-6)
 
 
-def test_scores_of_several_runs_together(make_run):
-    """As of folds: all cases count alike."""
-    models = [make_run("one"), make_run("two")]
+def test_scores_of_several_runs_together(make_run, monkeypatch):
+    """As of folds: all cases count alike, and each once."""
+    models = [make_run("one"), make_run("two"), make_run("again")]
+    cases = {"one": ("exact",), "two": ("half",), "again": ("half",)}
+    each_with_other_cases(monkeypatch, cases)
     summaries = [evaluate(model) for model in models]
-    together = summarize_runs(models)
-    assert together["num_cases"] == 4
-    assert together["mean_dice"] == pytest.approx(np.mean([s["mean_dice"] for s in summaries]))
+    check_runs(models[:2])
+    together = summarize_runs(models[:2])
+    assert together["num_cases"] == 2
+    assert together["mean_dice"] == pytest.approx(np.mean([s["mean_dice"] for s in summaries[:2]]))
+    with pytest.raises(InputError, match=r"again/evaluation/test: case half is one of .*/two"):
+        summarize_runs(models)
+    with pytest.raises(InputError, match=r"again: case half is one of .*/two too.*--comparison"):
+        check_runs(models)
     with pytest.raises(InputError, match=r"summary\.json: file is missing"):
-        summarize_runs([*models, make_run("three")])
+        summarize_runs([*models[:2], make_run("three")])
+
+
+def each_with_other_cases(monkeypatch, cases: dict[str, tuple[str, ...]]) -> None:
+    """Has runs with these test cases, by their folders' names."""
+    load = evaluate_module.load_run
+
+    def of_its_own(model_dir, **arguments):
+        run = load(model_dir, **arguments)
+        run.splits = Splits(("train",), (), (), cases.get(Path(model_dir).name, ("exact", "half")))
+        return run
+
+    monkeypatch.setattr(evaluate_module, "load_run", of_its_own)
+
+
+def test_runs_to_be_compared_have_the_same_cases(make_run, monkeypatch):
+    models = [make_run("one"), make_run("two"), make_run("turned")]
+    each_with_other_cases(monkeypatch, {"two": ("half",), "turned": ("half", "exact")})
+    check_runs([models[0], models[2]], same_cases=True)
+    with pytest.raises(InputError, match=r"two: split 'test' is of other cases.*leave out --comp"):
+        check_runs(models, same_cases=True)
+
+
+def test_runs_are_compared_where_their_data_lie_now(make_run, data, tmp_path):
+    models = [make_run("one"), make_run("two")]
+    moved = tmp_path / "moved"
+    data.rename(moved)
+    for model in models:
+        evaluate(model, data_dir=moved)
+    compare(models, tmp_path / "both.html", data_dir=moved)
+    assert (tmp_path / "both.html").exists()

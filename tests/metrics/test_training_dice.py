@@ -24,12 +24,6 @@ def batches(regions: Regions) -> list[tuple[np.ndarray, np.ndarray]]:
     ]
 
 
-def predicted_masks(regions: Regions, logits: np.ndarray) -> np.ndarray:
-    if regions.nested:
-        return logits.reshape(*logits.shape[:-1], 3, 2).argmax(-1) == 1
-    return np.stack([logits.argmax(-1) == i for i in (1, 2, 3)], -1)
-
-
 @pytest.mark.parametrize("regions", [EXCLUSIVE, BRATS])
 @pytest.mark.parametrize("weights", [None, [1.0, 0.0]])
 def test_pools_all_voxels(regions, weights):
@@ -39,7 +33,7 @@ def test_pools_all_voxels(regions, weights):
         metric.update_state(labels, logits, weights)
         counted = slice(None) if weights is None else slice(0, 1)
         truth = regions.masks(labels)[counted].reshape(-1, 3)
-        predicted = predicted_masks(regions, logits)[counted].reshape(-1, 3)
+        predicted = regions.masks(regions.label_map(logits))[counted].reshape(-1, 3)
         overlap += (truth & predicted).sum(0)
         sizes += truth.sum(0) + predicted.sum(0)
     result = {name: float(value) for name, value in metric.result().items()}

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import tensorflow as tf
 
-from tfmtseg.models.copy_paste import box_masks, label_map, paste
+from tfmtseg.models.copy_paste import box_masks, paste
 from tfmtseg.ops.seed import Seed
-from tfmtseg.regions import Regions
 
 
 def masks(seed: int, count: int = 4, shape: tuple[int, int, int] = (9, 12, 7)) -> np.ndarray:
@@ -55,13 +53,3 @@ def test_paste_by_hand():
     images, labels = paste(tf.constant(mask), ours, (10 * ours[0], 2 * ours[1]))
     np.testing.assert_array_equal(images[0, :, 0, 0, 0], [1, 20, 3])
     np.testing.assert_array_equal(labels[0, :, 0, 0], [1, 2, 0])
-
-
-@pytest.mark.parametrize(
-    "regions", [Regions.exclusive(["a", "b"]), Regions.parse("brats_msd")], ids=["one", "nested"]
-)
-def test_pseudo_labels_are_the_predictions(regions):
-    logits = np.random.default_rng(0).normal(size=(2, 4, 5, 6, regions.num_outputs))
-    result = label_map(tf.constant(logits, tf.float32), regions)
-    assert result.dtype == tf.int32
-    np.testing.assert_array_equal(result, regions.label_map(logits))

@@ -23,6 +23,11 @@ def test_contrast_size_by_hand(tool):
     assert found == (2 * queries, 8 * 14 + 1, pytest.approx(8 * 15 / 1024))
 
 
+def test_patches_by_hand(tool):
+    """Three replicas with two patches of 4 x 4 x 4: 2 modalities and a label of 4 bytes each."""
+    assert tool.patches_mib((4, 4, 4), 2, 2, 3) == 6 * 64 * 3 * 4 / 2**20
+
+
 def test_exchange_by_hand(tool):
     """Two machines send half of the bytes each way, twice: all of them pass each card."""
     assert tool.exchange_s(12.5e9, machines=2, gbit_per_s=100) == pytest.approx(1)

@@ -32,7 +32,7 @@ from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.finished_run import load_run
 from tfmtseg.training.optimizers import AdamW, Ranger, make_optimizer
 from tfmtseg.training.run import make_model, train
-from tfmtseg.training.run_folder import check_origin
+from tfmtseg.training.run_folder import check_origins, origins_of
 from tfmtseg.version import code_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,6 +145,32 @@ def test_a_folder_of_another_run_is_refused(opened, phantoms):
         train(settings(phantoms, run.directory, seed=5))
 
 
+def test_a_folder_that_declares_other_regions_by_now(opened):
+    run, _ = opened
+    assert run.folder.regions == run.regions
+    changed = dataclasses.replace(run, config=dataclasses.replace(run.config, regions=""))
+    with pytest.raises(InputError, match=r"data: regions is .*'nested': False.* must be .*True"):
+        _ = changed.folder
+
+
+def test_a_cache_that_lies_elsewhere_by_now(opened, tmp_path):
+    run, _ = opened
+    for named, expected in ((tmp_path, tmp_path), (tmp_path / "gone", run.directory / "cache")):
+        config = dataclasses.replace(run.config, cache_dir=str(named))
+        assert dataclasses.replace(run, config=config).cache_dir == expected
+
+
+def test_a_run_goes_on_in_its_precision_on_another_device(opened, phantoms, tmp_path):
+    run, _ = opened
+    copy = tmp_path / "run"
+    shutil.copytree(run.directory, copy)
+    path = copy / "config.yaml"  # as of a GPU, which had chosen it
+    path.write_text(path.read_text().replace("precision: float32", "precision: mixed_bfloat16"))
+    train(settings(phantoms, copy))
+    with pytest.raises(InputError, match="precision is 'mixed_bfloat16', must be 'float32'"):
+        train(settings(phantoms, copy, precision="float32"))
+
+
 def test_a_run_does_not_go_on_with_other_data(opened, phantoms, tmp_path):
     """A case that becomes a test case later would be tested on although it was trained on."""
     run, _ = opened
@@ -198,20 +224,54 @@ def test_two_processes_do_not_train_in_one_folder(opened, phantoms, monkeypatch)
 
 def test_first_weights_have_not_learned_the_test_cases(opened, phantoms, tmp_path):
     run, _ = opened
-    splits, source = run.splits, str(run.directory)
-    config = dataclasses.replace(run.config, init_checkpoint=source)
-    check_origin(config, splits)
+    splits, config = run.splits, run.config
+    origins = origins_of(run.directory)
+    check_origins(config, splits, origins)
     swapped = dataclasses.replace(splits, labeled=splits.test, test=splits.labeled)
     with pytest.raises(InputError, match=f"--init_checkpoint: case {min(splits.labeled)} is one"):
-        check_origin(config, swapped)
+        check_origins(config, swapped, origins)
     elsewhere = dataclasses.replace(config, data_dir=str(tmp_path))
     with pytest.warns(InputWarning, match="images of 2 development or test cases .* only in name"):
-        check_origin(elsewhere, swapped)
+        check_origins(elsewhere, swapped, origins)
     named = dataclasses.replace(config, subject_regex=r"OTHER_(\d+)")  # as of other data
-    check_origin(named, Splits(("OTHER_1",), (), (), ("OTHER_2",)))
+    check_origins(named, Splits(("OTHER_1",), (), (), ("OTHER_2",)), origins)
     seen = dataclasses.replace(splits, unlabeled=(), test=splits.unlabeled)
     with pytest.warns(InputWarning, match="images of 3 development or test cases"):
-        check_origin(config, seen)
+        check_origins(config, seen, origins)
+
+
+def test_first_weights_remember_what_those_before_them_learned(
+    opened, phantoms, tmp_path, monkeypatch
+):
+    """Labels reach a third run by way of a pretraining that holds nothing out."""
+    monkeypatch.setattr(run_module, "_fit", lambda *arguments: (0.0, 0.0))
+    first, _ = opened
+    second = settings(
+        phantoms, tmp_path / "second", mode="pretrain", init_checkpoint=str(first.directory),
+        num_labeled=0, num_development=0, num_test=0, cache_dir=str(first.directory / "cache"),
+    )  # fmt: skip
+    train(second)
+    splits = first.splits
+    (tmp_path / "test.txt").write_text("".join(f"{name}\n" for name in splits.labeled))
+    third = settings(
+        phantoms, tmp_path / "third", init_checkpoint=second.model_dir, num_labeled=2, num_test=0,
+        num_development=0, test_list=str(tmp_path / "test.txt"), cache_dir=second.cache_dir,
+    )  # fmt: skip
+    found = f"case {min(splits.labeled)} is one whose subject's labels {first.directory} was"
+    with pytest.raises(InputError, match=found):
+        train(third)
+    assert not (tmp_path / "third" / "config.yaml").exists()
+
+
+def test_unlabelled_images_of_another_voxel_size(phantoms, tmp_path, monkeypatch):
+    further = tmp_path / "further"
+    further.mkdir()
+    image = nib.load(phantoms.parent / "further/EXTRA_001.nii.gz")
+    nib.save(nib.Nifti1Image(image.get_fdata(), np.diag([3, 3, 3, 1])), further / "a.nii.gz")
+    monkeypatch.setattr(run_module, "_train", lambda *arguments: {})
+    config = settings(phantoms, tmp_path / "run", unlabeled_dir=str(further))
+    with pytest.warns(InputWarning, match="case a: voxel size 3 x 3 x 3 mm, as of 1 of 3 unlab"):
+        train(config)
 
 
 @pytest.fixture(scope="module")

@@ -874,16 +874,18 @@ def _scan_plain(root: _Root, regions: Regions | None) -> tuple[DataFolder | None
     for stem, path in zip(stems, files, strict=True):
         match = _MODALITY_FILE.fullmatch(stem)
         if match and f"{match[1]}_0000" in stems:
-            groups.setdefault(match[1], {})[int(match[2])] = path
+            name, channel = match[1], int(match[2])
         else:
-            groups[stem] = {0: path}
-    errors += [
-        InputError(
-            root.path, f"case {stem}", "there as .nii.gz and as .nii", "one file",
-            "remove one of the two",
-        )
-        for stem in _repeated(stems)
-    ]  # fmt: skip
+            name, channel = stem, 0
+        group = groups.setdefault(name, {})
+        if channel in group:
+            errors.append(
+                InputError(
+                    root.path, f"case {name}", f"there as {group[channel].name} and {path.name}",
+                    "one file", "remove one of the two, or rename it",
+                )
+            )  # fmt: skip
+        group[channel] = path
     known = set(stems)
     masks = [
         (stem, found[1])

@@ -149,12 +149,39 @@ def warn_about_spacing(
             axis, or less than half.
     """
     for path, spacing_mm in spacings_mm.items():
-        ratio = np.divide(spacing_mm, usual_mm)
-        if max(ratio.max(), 1 / ratio.min()) > ODD_SPACING:
+        if _is_far(spacing_mm, usual_mm):
             _warn(
                 f"{path}: voxel size {_millimetres(spacing_mm)} is far from {what}, "
                 f"{_millimetres(usual_mm)}; a network sees other sizes here."
             )
+
+
+def warn_about_unlabelled_spacing(
+    labelled_mm: Sequence[Sequence[float]], unlabelled_mm: Mapping[str, Sequence[float]]
+) -> None:
+    """Warns of a training on unlabelled images that show all things in another size.
+
+    Args:
+        labelled_mm: Voxel sizes along x, y and z of the labelled images, at least one.
+        unlabelled_mm: Those of the unlabelled ones, by case.
+
+    Warns:
+        InputWarning: Once, if voxels of some are more than twice as large along an axis as the
+            median of the labelled ones, or less than half.
+    """
+    usual_mm = np.median(np.array(labelled_mm), axis=0).tolist()
+    far = [case for case, size in unlabelled_mm.items() if _is_far(size, usual_mm)]
+    if far:
+        _warn(
+            f"case {far[0]}: voxel size {_millimetres(unlabelled_mm[far[0]])}, as of {len(far)} of "
+            f"{len(unlabelled_mm)} unlabelled images, is far from that of the labelled ones, "
+            f"{_millimetres(usual_mm)}; nothing is resampled. Bring them to one size before."
+        )
+
+
+def _is_far(spacing_mm: Sequence[float], usual_mm: Sequence[float]) -> bool:
+    ratio = np.divide(spacing_mm, usual_mm)
+    return bool(max(ratio.max(), 1 / ratio.min()) > ODD_SPACING)
 
 
 def _millimetres(sizes: Iterable[float]) -> str:

@@ -41,6 +41,7 @@ MAX_ORDINARY_VALUE = 1e18  # the square of a larger one overflows float32
 SMALL_AXIS = 8  # voxels; shorter along every axis is hardly a medical image
 LABEL_TOLERANCE = 1e-3  # from the next integer
 AFFINE_TOLERANCE = 0.1  # voxels; less cannot move a boundary visibly
+PIXDIM_TOLERANCE = 0.01  # of the voxel size; some writers round
 SHEAR_TOLERANCE = 1e-3  # cosine between two axes
 
 _DTYPES = {
@@ -668,6 +669,8 @@ def _read_geometry(path: Path, shape: Sequence[int], raw: nib.Nifti1Header) -> G
         _warn(path, "the orientation is unknown (no qform or sform); axes are taken as stored")
     if has_sform and has_qform:
         _warn_about_qform(path, geometry)
+    elif has_sform:
+        _warn_about_pixdim(path, sizes, np.array(used, np.float64))
     return geometry
 
 
@@ -684,6 +687,18 @@ def _check_matrix(path: Path, matrix: np.ndarray, geometry: Geometry) -> None:
     cosines = (matrix / lengths).T @ (matrix / lengths) - np.eye(3)
     if np.abs(cosines).max() > SHEAR_TOLERANCE:
         _warn(path, "the affine holds shear; distances in mm are approximate")
+
+
+def _warn_about_pixdim(path: Path, sizes: np.ndarray, sform: np.ndarray) -> None:
+    """With a qform, `_warn_about_qform` sees to it."""
+    lengths = np.linalg.norm(sform[:, :3], axis=0)
+    if np.all(sizes > 0) and np.abs(sizes / lengths - 1).max() > PIXDIM_TOLERANCE:
+        _warn(path, f"the voxel size of pixdim, {_sizes(sizes)}, and that of the sform, "
+              f"{_sizes(lengths)}, disagree; the sform is used")  # fmt: skip
+
+
+def _sizes(sizes: np.ndarray) -> str:
+    return " x ".join(f"{size:.3g}" for size in sizes)
 
 
 def _warn_about_qform(path: Path, geometry: Geometry) -> None:

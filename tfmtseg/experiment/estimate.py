@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import cached_property
 from math import prod
 from statistics import mean, median
 
+from tfmtseg.data.cases import peek_data_folder
 from tfmtseg.experiment.plan import Arm, Experiment, Run, steps_made
 from tfmtseg.experiment.results import Results, RunResult
 from tfmtseg.memory import GB, available_memory_gb
 from tfmtseg.models.methods import METHODS
 from tfmtseg.processor import processor_name
-from tfmtseg.training.memory import training_memory_gb
+from tfmtseg.regions import Regions
+from tfmtseg.training.memory import COUNTED_OUTPUTS, training_memory_gb
 from tfmtseg.training.sizes import MAX_CROP, choose_cube
 
 # The rule for arms without a finished run, from trials on one core of a two-core server
@@ -74,7 +77,16 @@ class Estimates:
             cube_size = choose_cube((x, y, z), strides)
             config = dataclasses.replace(config, crop=(x, y, z), cube_size=cube_size)
         parameters = round(_PARAMETERS * (config.width / 32) ** 2)
-        return training_memory_gb(config, parameters) * GB / 2**20
+        return training_memory_gb(config, parameters, self._num_outputs) * GB / 2**20
+
+    @cached_property
+    def _num_outputs(self) -> int:
+        """Of the network, as settings or data folder say what is segmented."""
+        settings, data_dir = self.experiment.settings, self.experiment.data_dir
+        if settings.regions:
+            return Regions.parse(settings.regions).num_outputs
+        folder = peek_data_folder(data_dir, settings.allow_root) if data_dir else None
+        return folder.regions.num_outputs if folder and folder.regions else COUNTED_OUTPUTS
 
     def source(self, run: Run) -> str:
         """Where the figures of a run come from."""

@@ -45,6 +45,7 @@ TEACHER_SETTINGS = {"pseudo_label_weight", "teacher_momentum", "teacher_start"}
 # Settings of the second task alone. Arms that differ in others too, such as the width, are
 # no rivals: the claims are about the second task.
 TASK_SETTINGS = CONTRAST_SETTINGS | TEACHER_SETTINGS | {"unlabeled_per_step"}
+FOLDERS = {"unlabeled_dir", "allow_root"}  # may lie elsewhere when an experiment goes on
 # What the experiment itself sets for each run.
 OWN_SETTINGS = {"data_dir", "model_dir", "cache_dir", "mode", "method", "num_labeled", "seed"}
 FEW = (3, 6)  # numbers of labelled cases that the claims are about, unless others are asked for
@@ -411,7 +412,7 @@ def open_experiment(
         old |= {f"arm {arm.name}": known[arm.name].definition for arm in both}
         new |= {f"arm {arm.name}": arm.definition for arm in both}
         for name, value in old.items():
-            if new[name] != value:
+            if name not in FOLDERS and new[name] != value:
                 raise InputError(
                     directory, name, repr(value), f"{new[name]!r}, as asked for now",
                     "choose another --output_dir, another name for an arm, or repeat the "

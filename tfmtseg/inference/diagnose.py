@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,13 +62,12 @@ def diagnose(
         InputError: If the folder holds no finished run, or the split is empty.
     """
     run = load_run(model_dir, segments=False, data_dir=data_dir)
-    config = run.config
     labelled, held_out = cases_of(run, "labeled"), cases_of(run, split)
     known = {case.name: case for case in run.folder.cases}
     unlabelled = [known[name].without_label() for name in run.splits.unlabeled if name in known]
     records = build_cache(
         [*labelled, *held_out, *unlabelled],
-        Path(config.cache_dir or run.directory / "cache"),
+        run.cache_dir,
         num_modalities=len(run.modalities),
         labels=run.folder.labels,
         foreground_labels=set().union(*run.regions.members),

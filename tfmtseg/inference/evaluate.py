@@ -16,7 +16,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,20 @@ def evaluate(
     return summary
 
 
-def check_runs(model_dirs: Sequence[str | os.PathLike[str]]) -> None:
+def check_runs(
+    model_dirs: Sequence[str | os.PathLike[str]], split: str = "test", same_cases: bool = False
+) -> None:
     """Makes sure that runs can be evaluated together, before the first one is.
 
     Args:
         model_dirs: Folders of training runs.
+        split: The split they are to be evaluated on.
+        same_cases: Whether they have the same cases, as `compare` wants it, or no case in
+            common, as `summarize_runs` wants it.
 
     Raises:
-        InputError: If there is none, one is named twice or cannot be used, or they segment
-            other regions.
+        InputError: If there is none, one is named twice or cannot be used, they segment
+            other regions, or their cases are not as they should be.
     """
     if not model_dirs:
         raise InputError("--model_dir", "value", "empty", "a folder", "name a training run")
@@ -138,6 +143,7 @@ def check_runs(model_dirs: Sequence[str | os.PathLike[str]]) -> None:
             "leave out the second",
         )  # fmt: skip
     first: Run | None = None
+    whose: dict[str, Path] = {}
     for model_dir in model_dirs:
         run = load_run(model_dir)
         first = first or run
@@ -147,6 +153,26 @@ def check_runs(model_dirs: Sequence[str | os.PathLike[str]]) -> None:
                 f"{', '.join(first.regions.names)}, as of {first.directory}",
                 "evaluate them one by one",
             )  # fmt: skip
+        cases = getattr(run.splits, split)
+        if same_cases and sorted(cases) != sorted(getattr(first.splits, split)):
+            raise InputError(
+                run.directory, f"split '{split}'", "of other cases",
+                f"of those of {first.directory}, to be compared", "leave out --comparison",
+            )  # fmt: skip
+        if not same_cases:
+            _check_apart(run.directory, cases, whose)
+
+
+def _check_apart(directory: Path, cases: Iterable[str], whose: dict[str, Path]) -> None:
+    """Makes sure that no case counts twice; adds them to `whose`."""
+    for case in cases:
+        if case in whose:
+            raise InputError(
+                directory, f"case {case}", f"one of {whose[case]} too",
+                "of one run, as all cases together are those of folds",
+                "set runs of the same cases side by side with --comparison=FILE.html",
+            )  # fmt: skip
+        whose[case] = directory
 
 
 def summarize_runs(
@@ -162,14 +188,18 @@ def summarize_runs(
         What `summarize` gives for all cases of all runs.
 
     Raises:
-        InputError: If a run was not evaluated, or otherwise than the first.
+        InputError: If a run was not evaluated, or otherwise than the first, or has a case of
+            another.
     """
     directories = [Path(model_dir) / "evaluation" / split for model_dir in model_dirs]
     summaries = [_read_summary(directory) for directory in directories]
     _check_alike(model_dirs, summaries)
     scores: list[CaseScores] = []
+    whose: dict[str, Path] = {}
     for directory, summary in zip(directories, summaries, strict=True):
-        scores += read_metrics(directory / "metrics.csv", list(summary["empty_truth"]))
+        of_run = read_metrics(directory / "metrics.csv", list(summary["empty_truth"]))
+        _check_apart(directory, [each.case for each in of_run], whose)
+        scores += of_run
     return summarize(scores)
 
 
@@ -177,6 +207,7 @@ def compare(
     model_dirs: Sequence[str | os.PathLike[str]],
     path: str | os.PathLike[str],
     split: str = "test",
+    data_dir: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes one report about several evaluated runs.
 
@@ -186,12 +217,13 @@ def compare(
         model_dirs: Folders of runs that `evaluate` has been through.
         path: The HTML file.
         split: The split they were evaluated on.
+        data_dir: See `load_run`.
 
     Raises:
         InputError: If a run was not evaluated, or on other regions or cases, or otherwise
             than the first.
     """
-    runs = [load_run(model_dir) for model_dir in model_dirs]
+    runs = [load_run(model_dir, data_dir=data_dir) for model_dir in model_dirs]
     names = [run.config.method for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.directory) for run in runs]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from tfmtseg.losses.segmentation import SPATIAL, region_masks
+from tfmtseg.losses.segmentation import SPATIAL
+from tfmtseg.ops.regions import region_masks
 from tfmtseg.regions import Regions
 
 

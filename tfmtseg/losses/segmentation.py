@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
+from tfmtseg.ops.regions import region_masks
 from tfmtseg.regions import Regions
 
 SPATIAL = (1, 2, 3)
@@ -45,23 +46,6 @@ def soft_dice_loss(
         squares *= voxel_weights[..., None]
     overlap, sizes = tf.reduce_sum(overlaps, SPATIAL), tf.reduce_sum(squares, SPATIAL)
     return tf.reduce_mean(1.0 - (2.0 * overlap + smooth) / (sizes + smooth), -1)
-
-
-def region_masks(labels: tf.Tensor, regions: Regions) -> tf.Tensor:
-    """Which voxels belong to which region.
-
-    Args:
-        labels: Integer label map, `(batch, x, y, z)`.
-        regions: What is segmented.
-
-    Returns:
-        Booleans, `(batch, x, y, z, regions)`.
-    """
-    masks = [
-        tf.reduce_any([tf.equal(labels, value) for value in values], axis=0)
-        for values in regions.members
-    ]
-    return tf.stack(masks, -1)
 
 
 def one_hot_heads(labels: tf.Tensor, regions: Regions) -> list[tf.Tensor]:

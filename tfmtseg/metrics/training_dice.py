@@ -10,6 +10,7 @@ import tensorflow as tf
 from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.ops import replicas
+from tfmtseg.ops.regions import label_map, region_masks
 from tfmtseg.regions import Regions
 
 SPATIAL = (1, 2, 3)
@@ -42,23 +43,12 @@ class DiceScore(keras.metrics.Metric):
         self.overlap = self.add_weight(shape=shape, initializer="zeros", name="overlap")
         self.sizes = self.add_weight(shape=shape, initializer="zeros", name="sizes")
 
-    def _predicted_masks(self, logits: tf.Tensor) -> tf.Tensor:
-        if self.regions.nested:
-            return logits[..., 1::2] > logits[..., ::2]
-        return tf.one_hot(tf.argmax(logits, -1), self.regions.num_outputs, True, False)[..., 1:]
-
     def update_state(
         self, y_true: tf.Tensor, y_pred: tf.Tensor, sample_weight: tf.Tensor | None = None
     ) -> None:
         """Adds a batch; see the class."""
-        truth = tf.stack(
-            [
-                tf.reduce_any([tf.equal(y_true, value) for value in values], axis=0)
-                for values in self.regions.members
-            ],
-            axis=-1,
-        )
-        predicted = self._predicted_masks(y_pred)
+        truth = region_masks(y_true, self.regions)
+        predicted = region_masks(label_map(y_pred, self.regions), self.regions)
         overlap = tf.math.count_nonzero(predicted & truth, SPATIAL, dtype=tf.float32)
         sizes = tf.math.count_nonzero(predicted, SPATIAL, dtype=tf.float32)
         sizes += tf.math.count_nonzero(truth, SPATIAL, dtype=tf.float32)

@@ -9,10 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from tfmtseg import compat
-from tfmtseg.losses.segmentation import region_masks
 from tfmtseg.models.branch import Batch
 from tfmtseg.models.voxel_contrast import VoxelContrast
 from tfmtseg.ops import info_nce, replicas, retrieval_accuracy
+from tfmtseg.ops.regions import region_masks
 from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 

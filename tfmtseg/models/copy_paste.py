@@ -80,21 +80,3 @@ def largest_components(label_maps: tf.Tensor, regions: Regions) -> tf.Tensor:
         tf.int32,
     )
     return tf.ensure_shape(cleaned, label_maps.shape)
-
-
-def label_map(logits: tf.Tensor, regions: Regions) -> tf.Tensor:
-    """The label map that logits stand for: `Regions.label_map` inside a graph.
-
-    Args:
-        logits: `(batch, x, y, z, regions.num_outputs)`.
-        regions: What is segmented.
-
-    Returns:
-        `int32`, `(batch, x, y, z)`.
-    """
-    if not regions.nested:
-        return tf.argmax(logits, -1, output_type=tf.int32)
-    result = tf.zeros(tf.shape(logits)[:-1], tf.int32)
-    for i, label in enumerate(regions.own_labels):
-        result = tf.where(logits[..., 2 * i + 1] > logits[..., 2 * i], label, result)
-    return result

@@ -19,7 +19,7 @@ from tfmtseg.models.boundary_branch import BoundaryBranch
 from tfmtseg.models.branch import Batch, Branch, Segmented
 from tfmtseg.models.class_branch import ClassContrastiveBranch
 from tfmtseg.models.contrastive_branch import ContrastiveBranch
-from tfmtseg.models.copy_paste import box_masks, label_map, largest_components, paste
+from tfmtseg.models.copy_paste import box_masks, largest_components, paste
 from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.dense_branch import DenseContrastiveBranch
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
@@ -29,6 +29,7 @@ from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
 from tfmtseg.models.views import another_view
 from tfmtseg.ops import library, replicas
+from tfmtseg.ops.regions import label_map
 from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
 
@@ -42,10 +43,10 @@ class Segmenter(compat.Model):
     `(images, labels, labeled)` where `labeled` is 1 for volumes whose labels count and
     0 for unlabelled ones: their labels are ignored, but a branch may learn from them.
     The contrastive branch learns from these alone (in a batch without any, from the
-    labelled ones), the variational branch from all volumes, the boundary branch from
-    those with a label. The contrast between classes learns from labelled volumes and, with
-    a teacher, from mixed ones. `vaeseg` and `cpcseg` are `ssvaeseg` and `sscpcseg` where the
-    dataset yields labelled volumes only.
+    labelled ones), its dense forms and the variational branch from all volumes, the boundary
+    branch from those with a label. The contrast between classes learns from labelled volumes
+    and, with a teacher, from mixed ones. `vaeseg` and `cpcseg` are `ssvaeseg` and `sscpcseg`
+    where the dataset yields labelled volumes only.
 
     Under a `tf.distribute` strategy a step is that of the global batch: losses and scores
     are means over all replicas' volumes, whichever replica has how many of either kind, and

@@ -48,7 +48,8 @@ def info_nce(
             are the query's positives.
         key_labels: Integers `(M,)`; given together with `query_labels`.
         temperature: Positive number or scalar tensor.
-        normalize: Whether to scale queries and keys to length 1 first, in float32.
+        normalize: Whether to scale queries and keys to length 1 first, in float32; they stay
+            float32 then.
         query_ids: Integers `(N,)`. A pair of query and key with equal ids is not
             compared, unless `positives` names it.
         key_ids: Integers `(M,)`; given together with `query_ids`.

@@ -111,7 +111,9 @@ class TrainConfig:
 
     teacher_momentum: float = _setting(0.99, "Momentum of the weights of copy-paste's teacher.")
     teacher_start: float = _setting(
-        0.33, "Fraction of the updates until the teacher labels patches to be mixed."
+        0.33,
+        "Fraction of the updates until the teacher labels patches to be mixed. Until then, "
+        "labelled ones are mixed with each other (with --labeled_per_step=1, each with itself).",
     )
     pseudo_label_weight: float = _setting(0.5, "Factor of the loss on the teacher's labels.")
     largest_component: bool = _setting(
@@ -242,6 +244,12 @@ class TrainConfig:
                 self.weight_averaging in AVERAGES,
                 f"one of {', '.join(AVERAGES)}",
                 "choose one",
+            ),
+            (  # which leaves out updates that overflow, the last one of the average too
+                "weight_averaging",
+                self.weight_averaging != "swa" or self.precision != "mixed_float16",
+                "ema or none with --precision=mixed_float16",
+                "choose ema",
             ),
             (
                 "branch_weight",

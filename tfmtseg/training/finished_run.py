@@ -58,7 +58,20 @@ class Run:
             )  # fmt: skip
         folder = read_folder(self.config)
         folder.check_modalities(self.modalities, self.directory)
+        assert folder.regions is not None  # `read_folder` has made sure
+        if folder.regions != self.regions:
+            raise InputError(
+                folder.root, "regions", folder.regions.get_config(),
+                f"{self.regions.get_config()}, as of {self.directory}",
+                "bring back the labels of the training's dataset.json",
+            )  # fmt: skip
         return folder
+
+    @property
+    def cache_dir(self) -> Path:
+        """Of the preprocessed volumes of the training; the run's own where that is gone."""
+        named = Path(self.config.cache_dir)
+        return named if self.config.cache_dir and named.is_dir() else self.directory / "cache"
 
     @cached_property
     def _forward(self) -> Any:

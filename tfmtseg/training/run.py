@@ -32,6 +32,7 @@ from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.data.cache import Record
 from tfmtseg.data.cases import DataFolder
+from tfmtseg.data.check import warn_about_unlabelled_spacing
 from tfmtseg.data.nifti import Geometry
 from tfmtseg.data.pipeline import WHOLE, Share, batch_cases, held_out_batches, training_batches
 from tfmtseg.data.splits import Splits
@@ -68,7 +69,13 @@ from tfmtseg.training.run_data import (
     split_cases,
     training_geometries,
 )
-from tfmtseg.training.run_folder import arrays_of, as_begun, check_origin, claim_folder
+from tfmtseg.training.run_folder import (
+    arrays_of,
+    as_begun,
+    check_origins,
+    claim_folder,
+    origins_of,
+)
 from tfmtseg.training.sizes import (
     MAX_CROP,
     choose_crop,
@@ -125,6 +132,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config.check()
         spacing_mm = _median_spacing(geometries)
         claim_folder(config, directory, folder, splits, records)
+        if splits.labeled and config.uses_unlabelled:
+            sizes = [geometry.spacing_mm for geometry in geometries]  # the labelled come first
+            count = len(splits.labeled)
+            warn_about_unlabelled_spacing(
+                sizes[:count], dict(zip(splits.unlabeled, sizes[count:], strict=True))
+            )
         return _train(config, code, strategy, folder, splits, records, spacing_mm)
 
 
@@ -150,12 +163,13 @@ def _train(
     with strategy.scope():
         model = make_model(config, regions)
         model.build((None, *config.crop, len(folder.modalities)))
-        initialized = []
+        initialized, origins = [], []
         if goes_on:  # weights come from there; the earlier run may be gone by now
             initialized = read_description(directory)["initialized"]
         elif config.init_checkpoint:
             initialized = initialize(model, config.init_checkpoint, folder.modalities)
-            check_origin(config, splits)
+            origins = origins_of(Path(config.init_checkpoint))
+            check_origins(config, splits, origins)
             print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}, nothing else")
         model.compile(make_optimizer(config))
         # Building the optimizer first spares a second tracing of the training step.
@@ -165,6 +179,8 @@ def _train(
     if writes(strategy):
         splits.write(directory / "splits")
         write_json(directory / "data.json", arrays_of(records))
+        if origins:
+            write_json(directory / "origins.json", origins)
         write_model(directory, model, folder.modalities, config.crop, spacing_mm, initialized)
         write_text(directory / "config.yaml", config.to_yaml())
     _print_plan(config, splits, model, first_step, strategy.num_replicas_in_sync)
@@ -283,7 +299,8 @@ def _print_plan(
         f"parameters, {config.train_steps} steps of {' + '.join(kinds)} patches of {crop} voxels, "
         f"{config.precision}{where}"
     )
-    print(f"Memory: at most about {training_memory_gb(config, parameters):.1f} GB")
+    gigabytes = training_memory_gb(config, parameters, model.regions.num_outputs)
+    print(f"Memory: at most about {gigabytes:.1f} GB")
     if first_step:
         print(f"Going on after step {first_step}")
     else:

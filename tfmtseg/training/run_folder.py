@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tfmtseg.data.cache import Record
 from tfmtseg.data.cases import DataFolder
@@ -29,6 +31,8 @@ def as_begun(config: TrainConfig, directory: Path) -> TrainConfig:
     if not path.exists():
         return config
     before = TrainConfig.from_mapping(read_settings(path), str(path))
+    if config.precision == "auto":
+        config = dataclasses.replace(config, precision=choose_precision(before.precision))
     return config.with_unknown(before.rotation_degrees)
 
 
@@ -94,22 +98,49 @@ def claim_folder(
             )  # fmt: skip
 
 
-def check_origin(config: TrainConfig, splits: Splits) -> None:
-    """Makes sure that the run of the first weights has not learned what is held out here.
+def origins_of(directory: Path) -> list[dict[str, Any]]:
+    """What the weights of a run have learned from: its own cases, then those of earlier runs.
 
-    Cases are the same if their subjects' names are, as they are within one data folder.
+    Args:
+        directory: Folder of a run.
 
-    Raises:
-        InputError: If it learned labels of development or test cases.
-
-    Warns:
-        InputWarning: If it saw their images, or names of another data folder agree.
+    Returns:
+        For the run, and each run that its first weights go back to: `run` and `data_dir`, the
+        folders; `labels` and `images`, names of the cases whose these were.
     """
-    directory = Path(config.init_checkpoint)
-    source = TrainConfig.from_mapping(
+    config = TrainConfig.from_mapping(
         read_settings(directory / "config.yaml"), str(directory / "config.yaml")
     )
     used = Splits.read(directory / "splits")
+    own = {
+        "run": str(directory),
+        "data_dir": config.data_dir,
+        "labels": [*used.labeled] if config.mode == "train" else [],
+        "images": [*used.labeled, *(used.unlabeled if config.uses_unlabelled else ())],
+    }
+    # Kept in each run, as earlier ones may be gone or elsewhere by now.
+    earlier = directory / "origins.json"
+    return [own, *(json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else ())]
+
+
+def check_origins(
+    config: TrainConfig, splits: Splits, origins: Sequence[Mapping[str, Any]]
+) -> None:
+    """Makes sure that the first weights have not learned what is held out here.
+
+    Cases are the same if their subjects' names are, as they are within one data folder.
+
+    Args:
+        config: Settings of the run to be started.
+        splits: Its cases.
+        origins: What the first weights have learned from; see `origins_of`.
+
+    Raises:
+        InputError: If they learned labels of development or test cases.
+
+    Warns:
+        InputWarning: If they saw their images, or names of another data folder agree.
+    """
 
     def subject(name: str) -> str:
         try:
@@ -118,26 +149,28 @@ def check_origin(config: TrainConfig, splits: Splits) -> None:
             return name
 
     held_out = {subject(name): name for name in (*splits.development, *splits.test)}
-    labels = used.labeled if source.mode == "train" else ()
-    images = (*used.labeled, *used.unlabeled) if source.uses_unlabelled else used.labeled
-    learned, seen = (
-        sorted({held_out[who] for who in map(subject, names) if who in held_out})
-        for names in (labels, images)
-    )
-    same_data = Path(source.data_dir).resolve() == Path(config.data_dir).resolve()
-    if learned and same_data:
-        raise InputError(
-            "--init_checkpoint", f"case {learned[0]}",
-            f"one whose subject's labels {directory} was trained on",
-            "held out there too, as it is a development or test case here",
-            "start from a run with the same development and test cases",
-        )  # fmt: skip
-    if seen:
-        warnings.warn(
-            f"{directory}: was trained on images of {len(seen)} development or test cases of "
-            f"this run, such as {seen[0]}"
-            + ("" if same_data else ", should these be the same and not only in name")
-            + "; scores may flatter.",
-            InputWarning,
-            stacklevel=2,
-        )
+
+    def held_out_among(names: Iterable[str]) -> list[str]:
+        return sorted({held_out[who] for who in map(subject, names) if who in held_out})
+
+    def is_ours(origin: Mapping[str, Any]) -> bool:
+        return Path(origin["data_dir"]).resolve() == Path(config.data_dir).resolve()
+
+    for origin in filter(is_ours, origins):
+        if learned := held_out_among(origin["labels"]):
+            raise InputError(
+                "--init_checkpoint", f"case {learned[0]}",
+                f"one whose subject's labels {origin['run']} was trained on",
+                "held out there too, as it is a development or test case here",
+                "start from a run with the same development and test cases",
+            )  # fmt: skip
+    for origin in origins:
+        if seen := held_out_among(origin["images"]):
+            warnings.warn(
+                f"{origin['run']}: was trained on images of {len(seen)} development or test cases "
+                f"of this run, such as {seen[0]}"
+                + ("" if is_ours(origin) else ", should these be the same and not only in name")
+                + "; scores may flatter.",
+                InputWarning,
+                stacklevel=2,
+            )
