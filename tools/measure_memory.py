@@ -32,6 +32,9 @@ _WIDTH = flags.DEFINE_integer("width", 32, "Channels of the first level.")
 _CROP = flags.DEFINE_list("crop", ["64"] * 3, "Voxels of a patch.")
 _MODALITIES = flags.DEFINE_integer("modalities", 4, "Input channels.")
 _LABELED = flags.DEFINE_integer("labeled", 1, "Labelled patches in a step.")
+_CLASSES = flags.DEFINE_integer(
+    "classes", 0, "Classes to segment; 0: the three nested regions of BraTS.", lower_bound=0
+)
 _UNLABELED = flags.DEFINE_integer("unlabeled", 1, "Unlabelled patches in a step.")
 
 
@@ -49,11 +52,12 @@ def step_memory() -> int:
         labeled += [0.0] * _UNLABELED.value
     random = np.random.default_rng(0)
     images = random.normal(size=(len(labeled), *crop, _MODALITIES.value)).astype(np.float32)
-    labels = random.integers(0, 4, images.shape[:-1]).astype(np.uint8)
+    regions = _CLASSES.value or Regions.parse("brats_msd")
+    labels = random.integers(0, 1 + (_CLASSES.value or 3), images.shape[:-1]).astype(np.uint8)
     data = tf.constant(images), tf.constant(labels), tf.constant(labeled)
     before = resident()
     model = Segmenter(
-        Regions.parse("brats_msd"),
+        regions,
         _METHOD.value,
         width=_WIDTH.value,
         cube_size=choose_cube(crop, ISOTROPIC),

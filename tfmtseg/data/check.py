@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tfmtseg.data.cases import Case, scan_data_folder
-from tfmtseg.data.nifti import Volume, read_geometry, read_image, read_label
+from tfmtseg.data.nifti import Volume, read_geometry, read_image, read_label, size_text
 from tfmtseg.data.preprocess import normalize
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.regions import Regions
@@ -185,4 +185,4 @@ def _is_far(spacing_mm: Sequence[float], usual_mm: Sequence[float]) -> bool:
 
 
 def _millimetres(sizes: Iterable[float]) -> str:
-    return " x ".join(f"{size:.3g}" for size in sizes) + " mm"
+    return f"{size_text(sizes)} mm"

@@ -15,7 +15,7 @@ import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -646,6 +646,11 @@ def _read_voxel_offset(path: Path, raw: nib.Nifti1Header) -> int:
     return int(offset)
 
 
+def size_text(sizes: Iterable[float]) -> str:
+    """Sizes along axes in words, such as `1 x 1 x 2.5`."""
+    return " x ".join(f"{size:.3g}" for size in sizes)
+
+
 def _read_geometry(path: Path, shape: Sequence[int], raw: nib.Nifti1Header) -> Geometry:
     """Checks that the voxels have a place in space, and warns where it is doubtful."""
     has_sform, has_qform = int(raw["sform_code"]) > 0, int(raw["qform_code"]) > 0
@@ -693,12 +698,8 @@ def _warn_about_pixdim(path: Path, sizes: np.ndarray, sform: np.ndarray) -> None
     """With a qform, `_warn_about_qform` sees to it."""
     lengths = np.linalg.norm(sform[:, :3], axis=0)
     if np.all(sizes > 0) and np.abs(sizes / lengths - 1).max() > PIXDIM_TOLERANCE:
-        _warn(path, f"the voxel size of pixdim, {_sizes(sizes)}, and that of the sform, "
-              f"{_sizes(lengths)}, disagree; the sform is used")  # fmt: skip
-
-
-def _sizes(sizes: np.ndarray) -> str:
-    return " x ".join(f"{size:.3g}" for size in sizes)
+        _warn(path, f"the voxel size of pixdim, {size_text(sizes)}, and that of the sform, "
+              f"{size_text(lengths)}, disagree; the sform is used")  # fmt: skip
 
 
 def _warn_about_qform(path: Path, geometry: Geometry) -> None:

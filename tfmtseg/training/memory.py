@@ -15,8 +15,8 @@ START_GB = 0.8  # TensorFlow, this package, graphs, and patches on their way
 LIVE_FEATURES = 38
 LIVE_CUBE_FEATURES = 12
 # Arrays that the loss keeps of each channel of the output beyond six, those of three nested
-# regions, with which the above was measured. With 104 channels, two or two and two patches of
-# 64 x 64 x 64 and a width of 8, `encdec` took 8.5 and `bcp` 5.6.
+# regions, with which the above was measured. `encdec` took 8.4 and `bcp` 5.7, by
+# `tools/measure_memory.py --classes=103` and 5, 2 + 2 patches of 64 x 64 x 64, a width of 8.
 LIVE_OUTPUTS = 9
 COUNTED_OUTPUTS = 6
 WEIGHT_COPIES = 5  # weights, gradients, two moments, average
