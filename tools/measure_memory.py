@@ -32,10 +32,10 @@ _WIDTH = flags.DEFINE_integer("width", 32, "Channels of the first level.")
 _CROP = flags.DEFINE_list("crop", ["64"] * 3, "Voxels of a patch.")
 _MODALITIES = flags.DEFINE_integer("modalities", 4, "Input channels.")
 _LABELED = flags.DEFINE_integer("labeled", 1, "Labelled patches in a step.")
+_UNLABELED = flags.DEFINE_integer("unlabeled", 1, "Unlabelled patches in a step.")
 _CLASSES = flags.DEFINE_integer(
     "classes", 0, "Classes to segment; 0: the three nested regions of BraTS.", lower_bound=0
 )
-_UNLABELED = flags.DEFINE_integer("unlabeled", 1, "Unlabelled patches in a step.")
 
 
 def resident() -> int:

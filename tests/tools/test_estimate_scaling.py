@@ -39,3 +39,12 @@ def test_the_docs_have_its_figures(tool):
     for replicas in tool.REPLICAS:
         queries, candidates, _ = tool.contrast_size((96,) * 3, (32,) * 3, 2, replicas, 256)
         assert f"| {replicas} | {queries} | {candidates} |" in text
+    patches = [tool.patches_mib((96,) * 3, 4, *counts) for counts in ((1, 1), (2, 8), (2, 64))]
+    words = " ".join(text.split())
+    assert f": {patches[0]:.0f} MiB for one of 96 x 96 x 96 with four modalities" in words
+    assert f"so {patches[1] / 1024:.1f}".replace("0.", ".") + " GiB on each of 8 GPUs" in words
+    assert f"{patches[2] / 1024:.1f} GiB on each of 64" in words
+    # 18.8 million parameters, and half of the patches, which need no way back.
+    mib = 4 * 18.8e6 / 2**20 + patches[2] / 2
+    seconds = tool.exchange_s(mib * 2**20, tool.MACHINES, 100)
+    assert f"| bcp | 18.8 | {mib:.0f} | {1e3 * seconds:.0f} | {0.1 / (0.1 + seconds):.0%} |" in text

@@ -99,6 +99,14 @@ def test_cubes_matter_to_the_contrastive_methods_alone():
     dataclasses.replace(config, contrastive_form="classes").check()
 
 
+def test_averages_of_chosen_updates_want_all_updates():
+    """float16 leaves out those that overflow, the last one of the average among them."""
+    config = dataclasses.replace(GOOD, weight_averaging="swa", precision="mixed_bfloat16")
+    config.check()
+    with pytest.raises(InputError, match=r"--weight_averaging: .*float16.* Fix: choose ema"):
+        dataclasses.replace(config, precision="mixed_float16").check()
+
+
 def test_folds_give_the_test_cases():
     config = dataclasses.replace(GOOD, num_folds=5, fold=4)
     config.check()

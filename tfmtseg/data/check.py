@@ -157,24 +157,23 @@ def warn_about_spacing(
 
 
 def warn_about_unlabelled_spacing(
-    labelled_mm: Sequence[Sequence[float]], unlabelled_mm: Mapping[str, Sequence[float]]
+    spacings_mm: Mapping[str, Sequence[float]], usual_mm: Sequence[float]
 ) -> None:
     """Warns of a training on unlabelled images that show all things in another size.
 
     Args:
-        labelled_mm: Voxel sizes along x, y and z of the labelled images, at least one.
-        unlabelled_mm: Those of the unlabelled ones, by case.
+        spacings_mm: Voxel sizes along x, y and z of the unlabelled images, by case.
+        usual_mm: Median of the labelled ones.
 
     Warns:
-        InputWarning: Once, if voxels of some are more than twice as large along an axis as the
-            median of the labelled ones, or less than half.
+        InputWarning: Once, if voxels of some are more than twice as large along an axis, or less
+            than half.
     """
-    usual_mm = np.median(np.array(labelled_mm), axis=0).tolist()
-    far = [case for case, size in unlabelled_mm.items() if _is_far(size, usual_mm)]
+    far = [case for case, size in spacings_mm.items() if _is_far(size, usual_mm)]
     if far:
         _warn(
-            f"case {far[0]}: voxel size {_millimetres(unlabelled_mm[far[0]])}, as of {len(far)} of "
-            f"{len(unlabelled_mm)} unlabelled images, is far from that of the labelled ones, "
+            f"case {far[0]}: voxel size {_millimetres(spacings_mm[far[0]])}, as of {len(far)} of "
+            f"{len(spacings_mm)} unlabelled images, is far from that of the labelled ones, "
             f"{_millimetres(usual_mm)}; nothing is resampled. Bring them to one size before."
         )
 

@@ -133,10 +133,11 @@ def train(config: TrainConfig) -> dict[str, Any]:
         spacing_mm = _median_spacing(geometries)
         claim_folder(config, directory, folder, splits, records)
         if splits.labeled and config.uses_unlabelled:
-            sizes = [geometry.spacing_mm for geometry in geometries]  # the labelled come first
-            count = len(splits.labeled)
+            count = len(splits.labeled)  # these come first
+            of_cases = zip(splits.unlabeled, geometries[count:], strict=True)
             warn_about_unlabelled_spacing(
-                sizes[:count], dict(zip(splits.unlabeled, sizes[count:], strict=True))
+                {name: geometry.spacing_mm for name, geometry in of_cases},
+                _median_spacing(geometries[:count]),
             )
         return _train(config, code, strategy, folder, splits, records, spacing_mm)
 
