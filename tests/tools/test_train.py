@@ -152,12 +152,16 @@ def test_folds_and_their_ensemble(data, tmp_path, call):
         assert done.returncode == 0, done.stderr[-2000:]
     both = f"--model_dir={runs[0]},{runs[1]}"
     report = tmp_path / "report.html"
-    done = call_afresh("evaluate", both, f"--comparison={report}")
-    assert "All 2 runs, 3 cases" in done.stdout, done.stderr[-2000:]
+    done = call("evaluate", both, f"--comparison={report}")
+    assert done.returncode == 2  # they have no test case in common: refused before any work
+    assert "must be of those of" in done.stderr
+    assert not report.exists()
+    assert not any((run / "evaluation").exists() for run in runs)
+    done = call_afresh("evaluate", both)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "All 2 runs, 3 cases" in done.stdout
     tested = [(run / "splits/test.txt").read_text().split() for run in runs]
     assert sorted([*tested[0], *tested[1]]) == ["PHANTOM_001", "PHANTOM_002", "PHANTOM_003"]
-    assert done.returncode == 2  # they have no test case in common
-    assert "must be of those of" in done.stderr
     done = call_afresh(
         "predict", both, f"--images_dir={data}", f"--output_dir={tmp_path / 'out'}",
         "--test_time_flips",
