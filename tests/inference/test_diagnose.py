@@ -14,6 +14,7 @@ from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.data.splits import Splits
 from tfmtseg.inference import diagnose as diagnose_module
 from tfmtseg.inference.diagnose import RIDGE, LinearProbe, accuracy_by_place, diagnose
+from tfmtseg.metrics.dice import dice_score
 from tfmtseg.regions import Regions
 from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.finished_run import Run
@@ -62,9 +63,31 @@ def test_places_have_the_label_of_the_voxel_in_their_middle():
         regions=Regions.exclusive(["bright"]),
     )
     found = diagnose_module._features(model, images, labels)
-    assert [len(features) for features, _ in found.values()] == [512, 128, 16, 512]
-    for features, masks in found.values():
+    assert [len(features) for features, *_ in found.values()] == [512, 128, 16, 512]
+    for features, places, masks in found.values():
         np.testing.assert_array_equal(masks, features > 0)
+        assert places.shape == (len(features), 9)
+        np.testing.assert_array_equal(*np.split(places, 2))  # of both images
+
+
+def test_a_probe_of_place_finds_what_lies_at_one_place():
+    """A ball off the middle of two patches of noise, found by its place as well as it is round."""
+    images = tf.random.stateless_normal((2, 12, 12, 8, 1), [0, 2])
+    x, y, z = np.meshgrid(np.arange(12), np.arange(12), np.arange(8), indexing="ij")
+    ball = (x - 4) ** 2 + (y - 7) ** 2 + (z - 3) ** 2 <= 9
+    model = SimpleNamespace(
+        encoder=lambda x: {}, decoder=lambda levels: images, regions=Regions.exclusive(["ball"])
+    )
+    labels = np.stack([ball, ball]).astype(np.uint8)
+    found = diagnose_module._features(model, images, labels)
+    noise, places, masks = found["decoder"]
+    inputs = diagnose_module._probed("decoder", noise, places)
+    assert list(inputs) == ["decoder", "decoder+place", "place"]
+    dice = {k: dice_score(LinearProbe(v, masks).predict(v), masks) for k, v in inputs.items()}
+    assert dice["decoder"] < 0.2
+    # RIDGE keeps the surface a little from the edge of the ball.
+    assert dice["place"] > 0.9
+    assert dice["decoder+place"] > 0.9
 
 
 def test_the_probe_is_scored_case_by_case(monkeypatch):
@@ -81,18 +104,19 @@ def test_the_probe_is_scored_case_by_case(monkeypatch):
 
     def features(model, images, labels):
         right = images == "a"
-        return {"h0": (np.full((4, 1), 1.0 if right else -1.0), np.ones((4, 1), bool))}
+        values = np.full((4, 1), 1.0 if right else -1.0)
+        return {"h0": (values, values, np.ones((4, 1), bool))}
 
     monkeypatch.setattr(diagnose_module, "_patches", patches)
     monkeypatch.setattr(diagnose_module, "_features", features)
     monkeypatch.setattr(
         diagnose_module,
         "LinearProbe",
-        lambda *_: SimpleNamespace(predict=lambda values: values > 0),
+        lambda *_: SimpleNamespace(predict=lambda values: values[:, :1] > 0),
     )
     run = SimpleNamespace(config=SimpleNamespace(seed=0), model=None)
     found = diagnose_module._probe(run, names[:1], names)
-    assert found == {"h0": pytest.approx(1 / 3)}
+    assert found == {"h0": pytest.approx(1 / 3), "h0+place": pytest.approx(1 / 3)}
 
 
 def spy(monkeypatch) -> list:
@@ -133,7 +157,7 @@ def test_a_run_is_measured(tmp_path, monkeypatch, form):
     # What is fitted sees training cases alone: the search by place all of them, the probe those
     # with a label. Held-out cases come after the fit.
     search = [("read", names[:2]), ("read", names[2:]), "search by place"]
-    probe = [("read", names[:1]), *["fit"] * 5, *(("read", [name]) for name in names[2:])]
+    probe = [("read", names[:1]), *["fit"] * 11, *(("read", [name]) for name in names[2:])]
     assert events == (probe if form == "classes" else search + probe)
     path = tmp_path / "run" / "diagnosis" / "development.json"
     assert json.loads(path.read_text()) == result
@@ -148,6 +172,7 @@ def test_a_run_is_measured(tmp_path, monkeypatch, form):
         assert 0 <= contrast["accuracy"] <= 1
         assert 0 <= contrast["accuracy_by_place"] <= 1
         assert contrast["loss"] > 0
-    assert list(result["probe"]) == ["h0", "h1", "h2", "h3", "decoder"]
+    levels = ["h0", "h1", "h2", "h3", "decoder"]
+    assert set(result["probe"]) == {"place", *levels, *(f"{level}+place" for level in levels)}
     # The largest region is brighter than the rest: even untrained features tell it apart.
     assert 0.1 < result["probe"]["h0"] <= 1

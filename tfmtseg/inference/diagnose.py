@@ -6,6 +6,7 @@ Answers, for the question whether a contrastive task helps a segmentation:
 * Could it be solved without looking? The accuracy of a search by place: each key is looked
   for by the mean of the keys at its place in the training cases.
 * Do the features know the labels? The Dice score of a linear probe on each level.
+* Do they know more than their place in the crop? The same of place alone, and of both.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def diagnose(
     Returns:
         What is written: `contrast` with `loss`, `accuracy`, `chance` (nats) and
         `accuracy_by_place`, for runs with a contrastive branch that needs no label; `probe`
-        with the mean Dice score of each level.
+        with the mean Dice score of `place` (in the crop) alone, of each level such as `h3`,
+        and of both together, `h3+place`.
 
     Raises:
         InputError: If the folder holds no finished run, or the split is empty.
@@ -174,27 +176,35 @@ def accuracy_by_place(means: np.ndarray, keys: tf.Tensor) -> float:
 
 
 def _probe(run: Run, training: Sequence[Record], held_out: Sequence[Record]) -> dict[str, float]:
-    """Mean Dice score over cases and regions of a linear probe on each level."""
+    """Mean Dice score over cases and regions of linear probes: on levels, place, and both."""
     chosen = np.random.default_rng(run.config.seed)
     samples: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for number, record in enumerate(tqdm(training, desc="Probe: features", unit="case")):
         for images, labels in _patches(run, [record], 1, number):
-            for level, (features, masks) in _features(run.model, images, labels).items():
+            for level, (features, places, masks) in _features(run.model, images, labels).items():
                 some = chosen.permutation(len(features))[:PROBE_VOXELS]
-                samples.setdefault(level, []).append((features[some], masks[some]))
+                for name, inputs in _probed(level, features[some], places[some]).items():
+                    samples.setdefault(name, []).append((inputs, masks[some]))
     probes = {
-        level: LinearProbe(*map(np.concatenate, zip(*pairs, strict=True)))
-        for level, pairs in samples.items()
+        name: LinearProbe(*map(np.concatenate, zip(*pairs, strict=True)))
+        for name, pairs in samples.items()
     }
-    found: dict[str, list[float]] = {level: [] for level in probes}
+    found: dict[str, list[float]] = {name: [] for name in probes}
     for number, record in enumerate(tqdm(held_out, desc="Probe: scores", unit="case")):
-        pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {level: [] for level in probes}
+        pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in probes}
         for images, labels in _patches(run, [record], 1, number):
-            for level, (features, masks) in _features(run.model, images, labels).items():
-                pairs[level].append((probes[level].predict(features), masks))
-        for level in probes:
-            found[level].append(_case_dice(pairs[level]))
-    return {level: float(np.mean(dice)) for level, dice in found.items()}
+            for level, (features, places, masks) in _features(run.model, images, labels).items():
+                for name, inputs in _probed(level, features, places).items():
+                    pairs[name].append((probes[name].predict(inputs), masks))
+        for name in probes:
+            found[name].append(_case_dice(pairs[name]))
+    return {name: float(np.mean(dice)) for name, dice in found.items()}
+
+
+def _probed(level: str, features: np.ndarray, places: np.ndarray) -> dict[str, np.ndarray]:
+    """What a probe each learns from: features, both, and place alone, there of every voxel."""
+    inputs = {level: features, f"{level}+place": np.hstack([features, places])}
+    return inputs | {"place": places} if level == "decoder" else inputs
 
 
 def _case_dice(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -204,8 +214,8 @@ def _case_dice(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 def _features(
     model: Segmenter, images: tf.Tensor, labels: np.ndarray
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Per level, features and region masks of its places, `(n, channels)` and `(n, regions)`.
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Per level, of its places: features `(n, channels)`, `_places`, masks `(n, regions)`.
 
     A place of a coarse level has the label of the voxel in its middle.
     """
@@ -213,14 +223,24 @@ def _features(
     levels["decoder"] = model.decoder(levels)
     result = {}
     for name, values in levels.items():
+        shape = values.shape[1:4]
         middles = [
             np.arange(there) * (full // there) + (full // there) // 2
-            for full, there in zip(labels.shape[1:], values.shape[1:4], strict=True)
+            for full, there in zip(labels.shape[1:], shape, strict=True)
         ]
         there = labels[np.ix_(np.arange(len(labels)), *middles)]
         masks = model.regions.masks(there).reshape(-1, len(model.regions.names))
-        result[name] = values.numpy().reshape(-1, values.shape[-1]).astype(np.float64), masks
+        features = values.numpy().reshape(-1, values.shape[-1]).astype(np.float64)
+        result[name] = features, np.tile(_places(shape), (len(labels), 1)), masks
     return result
+
+
+def _places(shape: Sequence[int]) -> np.ndarray:
+    """Coordinates in the crop, -1 to 1, and their products, `(n, 9)`: a probe finds a quadric."""
+    axes = [np.linspace(-1, 1, size) if size > 1 else np.zeros(1) for size in shape]
+    x = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(shape))
+    first, second = np.triu_indices(len(shape))
+    return np.hstack([x, x[:, first] * x[:, second]])
 
 
 class LinearProbe:
