@@ -371,6 +371,8 @@ class TestBrats:
         self.case(tmp_path / "a", *self.OLD[:2])
         (tmp_path / "b.nii.gz").touch()
         assert [case.name for case in read_data_folder(tmp_path).cases] == ["b"]
+        # It does not say what is segmented, whatever is asked for.
+        assert read_data_folder(tmp_path, regions=Regions.parse("brats_msd")).regions is None
 
     def test_label_maps_beside_plain_images(self, tmp_path):
         for name in ("a", "a_seg", "b_0000", "b_0001", "c_seg", "a_mask1"):

@@ -309,6 +309,13 @@ def test_what_equal_time_lacks(report):
     assert f"`wide` against `encdec` at 3, 6, all labelled: {suggested}" in text
 
 
+def test_what_is_suggested_has_no_name_of_another_arm(report):
+    """A longer `pasted` is a `bcp` too."""
+    gains = {"encdec": 0.0, "pasted": 0.0, "bcp": 0.1}
+    text, _ = report(gains, arms=[*gains], cpu_seconds={"encdec": 20.0, "bcp": 20.0})
+    assert "; `--arms=pasted_10=bcp:teacher_start=1:train_steps=10` would" in text
+
+
 def test_table(report, make_results):
     _, folder = report({"encdec": 0.0, "sscpcseg": 0.1}, num_seeds=2)
     table = {(row["arm"], row["num_labeled"]): row for row in rows(folder / "table.csv")}

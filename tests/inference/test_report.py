@@ -6,8 +6,18 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from tfmtseg.inference.figures import cut, region_colors, slice_places
+from tfmtseg.inference import figures as pictures
+from tfmtseg.inference import report
+from tfmtseg.inference.figures import (
+    ScoreLine,
+    cut,
+    draw_case_scores,
+    draw_label_efficiency,
+    region_colors,
+    slice_places,
+)
 from tfmtseg.inference.report import CaseVolumes, RunReport, shown_cases, write_report
 from tfmtseg.metrics.scores import CaseScores, RegionScores, summarize
 from tfmtseg.regions import Regions
@@ -156,6 +166,38 @@ def test_no_history(tmp_path):
     _, parser = render(tmp_path, make_run("encdec", SCORES, history={}))
     assert "Curves" not in parser.text
     assert "Every case" in parser.text
+
+
+def test_scores_of_training_patches_are_dashed_beside_held_out_ones(tmp_path, monkeypatch):
+    """One run watched development cases, the other has none."""
+    drawn = []
+    monkeypatch.setattr(report, "draw_curves", lambda curves, *_, **__: drawn.append(curves) or b"")
+    watching = make_run("encdec", SCORES)
+    history = {k: v for k, v in watching.history.items() if not k.startswith("val_")}
+    _, parser = render(tmp_path, watching, make_run("sscpcseg", SCORES, history=history))
+    found = [(curve.label, curve.dashed) for curve in drawn[-1]]
+    assert found == [("encdec", False), ("", True), ("sscpcseg", True)]
+    assert "development cases; dashed: on training patches" in parser.text
+
+
+def test_legends_lie_within_their_figures(monkeypatch):
+    """With many arms, and with names of runs that are long and alike at their beginning."""
+    figures = []
+    monkeypatch.setattr(pictures, "_png", lambda figure: figures.append(figure) or b"")
+    lines = [ScoreLine(f"arm_{i}", [0], [0.5], [(0.4, 0.6)], [False]) for i in range(30)]
+    draw_label_efficiency(lines, ["3"], "labelled", "Dice")
+    names = [f"experiment/runs/sscpcseg/n7_seed{i}" for i in range(5)]
+    draw_case_scores(names, [SCORES] * 5)
+    draw_case_scores(["encdec", "bcp", "classes"], [SCORES] * 3)
+    for figure, rows in zip(figures, (30, 5, 1), strict=True):
+        FigureCanvasAgg(figure).draw()
+        box, whole = figure.legends[0].get_window_extent(), figure.bbox
+        assert whole.x0 <= box.x0 < box.x1 <= whole.x1
+        assert whole.y0 <= box.y0 < box.y1 <= whole.y1
+        assert len({text.get_window_extent().y0 for text in figure.legends[0].get_texts()}) == rows
+    drawn = figures[0].legends[0].get_lines()
+    looks = {(line.get_color(), line.get_marker()) for line in drawn}
+    assert len(looks) == 30
 
 
 def test_absent_facts_are_said_to_be_unknown(tmp_path):

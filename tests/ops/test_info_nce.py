@@ -369,6 +369,67 @@ def test_inside_a_graph_with_unknown_sizes(implementation):
         )
 
 
+@both
+@pytest.mark.parametrize(("n", "m"), [(0, 4), (3, 0), (0, 0)])
+def test_nothing_inside_a_graph_with_unknown_sizes(n, m, implementation):
+    unknown = tf.TensorSpec([None, None], tf.float32)
+
+    @tf.function(input_signature=[unknown, unknown, tf.TensorSpec([None], tf.int32)])
+    def traced(queries, keys, positives):
+        options = {"positives": positives, "implementation": implementation}
+        with tf.GradientTape() as tape:
+            tape.watch([queries, keys])
+            loss = info_nce(queries, keys, reduction="mean", **options)
+            loss += tf.reduce_sum(info_nce(queries, keys, **options))
+        return loss, *tape.gradient(loss, [queries, keys])
+
+    found = traced(tf.ones((n, 5)), tf.ones((m, 5)), -np.ones(n, np.int32))
+    for value, shape in zip(found, [(), (n, 5), (m, 5)], strict=True):
+        np.testing.assert_array_equal(value, np.zeros(shape))
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_under_xla(kind, known, monkeypatch):
+    """With several chunks, the last of which is smaller; XLA knows no sizes that change."""
+    queries, keys, positives = arrays(23, 11, 4)
+    options = comparisons(kind, 23, 11, positives)
+    size = (lambda rows: [rows, 4]) if known else (lambda rows: [None, None])
+    signature = [tf.TensorSpec(size(rows), tf.float32) for rows in (23, 11)]
+
+    def loss_and_gradients(queries, keys):
+        with tf.GradientTape() as tape:
+            tape.watch([queries, keys])
+            losses = info_nce(queries, keys, implementation="reference", **options)
+            loss = tf.reduce_mean(losses) + info_nce(
+                queries, keys, implementation="reference", reduction="sum", **options
+            )
+        found = retrieval_accuracy(queries, keys, **options)
+        return losses, found, *tape.gradient(loss, [queries, keys])
+
+    expected = loss_and_gradients(tf.constant(queries), tf.constant(keys))
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 60)  # 5 rows, the last chunk has 3
+    compiled = tf.function(loss_and_gradients, input_signature=signature, jit_compile=True)
+    # Sums in another order: rounding of float32.
+    for ours, whole in zip(compiled(queries, keys), expected, strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-4, atol=1e-6)
+
+
+@both
+def test_losses_of_which_some_are_picked(implementation):
+    """`tf.gather` has a sparse gradient."""
+    queries, keys, positives = arrays(6, 7, 4)
+    gradients = []
+    for pick in (lambda rows: tf.gather(rows, [4, 1]), lambda rows: rows[4:0:-3]):
+        with tf.GradientTape() as tape:
+            tape.watch(inputs := [tf.constant(queries), tf.constant(keys)])
+            losses = info_nce(*inputs, positives=positives, implementation=implementation)
+            loss = tf.reduce_mean(pick(losses))
+        gradients.append(tape.gradient(loss, inputs))
+    for ours, whole in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, whole, rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("graph", [False, True])
 def test_chunks_of_the_reference_make_no_difference(kind, graph, monkeypatch):
@@ -524,7 +585,8 @@ def test_temperature_must_be_positive(temperature, implementation):
 
 
 @both
-def test_what_is_left_out_may_be_nan(implementation):
+@pytest.mark.parametrize("normalize", [False, True])
+def test_what_is_left_out_may_be_nan(normalize, implementation):
     """A masked key and a query without a positive; bfloat16 too, which has other packing."""
     queries, keys, positives = arrays(60, 70, 6)
     queries, keys = queries / 4, keys / 4
@@ -539,7 +601,7 @@ def test_what_is_left_out_may_be_nan(implementation):
                 tape.watch(inputs)
                 loss = info_nce(
                     *inputs[:2], temperature=inputs[2], positives=positives, key_mask=kept,
-                    normalize=False, reduction="sum", implementation=implementation,
+                    normalize=normalize, reduction="sum", implementation=implementation,
                 )  # fmt: skip
             found[value] = [loss, *tape.gradient(loss, inputs)]
         for with_nan, without in zip(found[np.nan], found[0.5], strict=True):

@@ -32,7 +32,7 @@ from tfmtseg.training.config import TrainConfig
 from tfmtseg.training.finished_run import load_run
 from tfmtseg.training.optimizers import AdamW, Ranger, make_optimizer
 from tfmtseg.training.run import make_model, train
-from tfmtseg.training.run_folder import check_origins, origins_of
+from tfmtseg.training.run_folder import check_origins, origin_of, read_origins
 from tfmtseg.version import code_version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -225,19 +225,36 @@ def test_two_processes_do_not_train_in_one_folder(opened, phantoms, monkeypatch)
 def test_first_weights_have_not_learned_the_test_cases(opened, phantoms, tmp_path):
     run, _ = opened
     splits, config = run.splits, run.config
-    origins = origins_of(run.directory)
+    origins = read_origins(run.directory)
     check_origins(config, splits, origins)
     swapped = dataclasses.replace(splits, labeled=splits.test, test=splits.labeled)
     with pytest.raises(InputError, match=f"--init_checkpoint: case {min(splits.labeled)} is one"):
         check_origins(config, swapped, origins)
     elsewhere = dataclasses.replace(config, data_dir=str(tmp_path))
-    with pytest.warns(InputWarning, match="images of 2 development or test cases .* only in name"):
+    with pytest.warns(InputWarning, match="labels of 2 development or test cases .* only in name"):
         check_origins(elsewhere, swapped, origins)
     named = dataclasses.replace(config, subject_regex=r"OTHER_(\d+)")  # as of other data
     check_origins(named, Splits(("OTHER_1",), (), (), ("OTHER_2",)), origins)
     seen = dataclasses.replace(splits, unlabeled=(), test=splits.unlabeled)
     with pytest.warns(InputWarning, match="images of 3 development or test cases"):
         check_origins(config, seen, origins)
+    with pytest.raises(InputError, match=r"origins\.json: file is missing"):
+        read_origins(tmp_path)
+
+
+def test_where_first_weights_learned_is_known_wherever_one_works(opened, phantoms, monkeypatch):
+    """A folder is the same however it is named, and the name alone does not make it the same."""
+    run, _ = opened
+    splits = run.splits
+    swapped = dataclasses.replace(splits, labeled=splits.test, test=splits.labeled)
+    monkeypatch.chdir(phantoms.parent)
+    config = dataclasses.replace(run.config, data_dir="data")
+    with pytest.raises(InputError, match=f"--init_checkpoint: case {min(splits.labeled)} is one"):
+        check_origins(config, swapped, read_origins(run.directory))
+    origin = origin_of(config, splits)
+    monkeypatch.chdir(phantoms)
+    with pytest.warns(InputWarning, match="only in name"):
+        check_origins(config, swapped, [origin])
 
 
 def test_first_weights_remember_what_those_before_them_learned(

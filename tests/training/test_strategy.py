@@ -95,7 +95,7 @@ train.run()
 def test_a_worker_dies_and_comes_back(config, alone, tmp_path):
     """kill -9 of the second of two workers; it is started again, and the run finishes."""
     run = tmp_path / "run"
-    changes = {**dataclasses.asdict(config), "model_dir": str(run), "strategy": "multi_worker"}
+    changes = {**dataclasses.asdict(config), "model_dir": str(run), "strategy": "auto"}
     (tmp_path / "config.yaml").write_text(TrainConfig(**changes).to_yaml())
     flags = [f"--config_file={tmp_path / 'config.yaml'}"]
     hosts = [f"127.0.0.1:{free_port()}" for _ in range(2)]
@@ -184,6 +184,16 @@ def test_auto_takes_as_many_gpus_as_share_a_step(
     assert made == ([[f"GPU:{i}" for i in range(used)]] if used > 1 else [])
     warned = [f"{used} of {gpus} GPUs train" in str(each.message) for each in recwarn]
     assert warned == [True] * (used < gpus)
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+@pytest.mark.parametrize("name", ["auto", "multi_worker"])
+def test_a_cluster_is_used(name, gpus, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"worker": ["one:1", "two:1"]}}')
+    monkeypatch.setattr(tf.config, "get_visible_devices", lambda kind: [None] * gpus)
+    workers = SimpleNamespace(num_replicas_in_sync=2)
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", lambda: workers)
+    assert make_strategy(TrainConfig(strategy=name)) is workers
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def scan_data_folder(
                 found := _scan_brats(data_root, regions, images_only)
             ):
                 return found
-            return _scan_plain(data_root, regions)
+            return _scan_plain(data_root)
         description = _Description(description_file, _read_json(data_root, description_file))
         scan = _scan_nnunet if "channel_names" in description.content else _scan_decathlon
         return scan(data_root, description, regions, images_only), description.errors
@@ -860,7 +860,7 @@ def _list_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Pat
     )
 
 
-def _scan_plain(root: _Root, regions: Regions | None) -> tuple[DataFolder | None, list[InputError]]:
+def _scan_plain(root: _Root) -> tuple[DataFolder | None, list[InputError]]:
     """Images side by side; `CASE_0000`, `CASE_0001`, ... are one case's modalities."""
     files, errors = _usable(root, _list_images(root.path))
     if not files and not errors:
@@ -915,4 +915,4 @@ def _scan_plain(root: _Root, regions: Regions | None) -> tuple[DataFolder | None
         Case(name, tuple(group[number] for number in sorted(group)))
         for name, group in groups.items()
     )
-    return DataFolder(root.path, "", modalities, regions, (), cases, plain=True), errors
+    return DataFolder(root.path, "", modalities, None, (), cases, plain=True), errors

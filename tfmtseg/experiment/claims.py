@@ -234,7 +234,8 @@ class Contest:
         equal = np.mean([self.experiment.steps(arms[c.reference]) * ratio for c, ratio in closest])
         steps = max(every, round(float(equal) / every) * every)
         settings = {**reference.settings, "train_steps": steps}
-        copy = Arm(f"{reference.method}_{steps}", reference.method, settings)
+        plain = self.find(reference.kind, self.experiment.settings.train_steps) or reference
+        copy = Arm(f"{plain.name}_{steps}", reference.method, settings)
         counts = ", ".join(count_text(c.num_labeled) for c, _ in closest)
         known = kind_text(reference.kind)
         return (

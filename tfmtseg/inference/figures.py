@@ -19,10 +19,11 @@ from tfmtseg.regions import Regions
 _REGION_COLORS = ("#14b8a6", "#f59e0b", "#e11d48", "#8b5cf6", "#3b82f6", "#84cc16")
 _RUN_COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#be123c", "#0891b2", "#a16207")
 # Marker and line; the next for each time that the colours are used up.
-_STYLES = (("o", "-"), ("s", "-."), ("D", ":"))
+_STYLES = (("o", "-"), ("s", "-."), ("D", ":"), ("^", (0, (6, 1))), ("v", (0, (6, 1, 1, 1, 1, 1))))
 _INK, _MUTED, _GRID = "#1e293b", "#64748b", "#e2e8f0"
 _DPI = 220
 _LABEL_LENGTH = 32  # characters of a legend's entry
+_LEGEND_ROW = 0.23  # inches
 
 
 def region_colors(count: int) -> list[str]:
@@ -97,7 +98,10 @@ def draw_case_scores(names: Sequence[str], runs: Sequence[Sequence[CaseScores]])
     """
     regions = list(runs[0][0].regions)
     rows = len(regions) * len(runs)
-    figure, axes = _diagram((5.0, 0.75 + 0.26 * max(rows, 3)))
+    longest = min(max(map(len, names)), _LABEL_LENGTH)
+    columns = max(1, min(4, 44 // (longest + 4)))  # as many as the width of the figure holds
+    legend_rows = -(-len(runs) // columns) if len(runs) > 1 else 0
+    figure, axes = _diagram((5.0, 0.5 + 0.26 * max(rows, 3) + _LEGEND_ROW * legend_rows))
     height = 0.8 / len(runs)
     for index, (name, scores) in enumerate(zip(names, runs, strict=True)):
         for row, region in enumerate(regions):
@@ -120,8 +124,9 @@ def draw_case_scores(names: Sequence[str], runs: Sequence[Sequence[CaseScores]])
     axes.set_xlabel("Dice score")
     if len(runs) > 1:
         figure.legend(
-            frameon=False, labelcolor=_INK, loc="outside upper left", ncols=4, handletextpad=0.1
-        )
+            frameon=False, labelcolor=_INK, loc="outside upper left", ncols=columns,
+            handletextpad=0.1,
+        )  # fmt: skip
     return _png(figure)
 
 
@@ -157,7 +162,7 @@ def draw_label_efficiency(
         x_label: What they count.
         y_label: What the scores are.
     """
-    figure, axes = _diagram((6.4, 4.0))
+    figure, axes = _diagram((6.4, max(4.0, 0.3 + _LEGEND_ROW * len(lines))))
     for index, line in enumerate(lines):
         # Beside each other, so that intervals do not hide each other.
         x = np.array(line.places) + 0.4 * ((index + 0.5) / len(lines) - 0.5)

@@ -276,8 +276,15 @@ def _loss_curves(
 
 
 def _dice_curves(trained: Sequence[tuple[int, RunReport]], single: bool) -> list[Curve]:
-    """Dice scores over steps: one colour per region of a single run, else one per run."""
+    """Dice scores over steps: one colour per region of a single run, else one per run.
+
+    Those on training patches are dashed where any run has scores of development cases.
+    """
     curves = []
+    watched = any(
+        _mean_column(run, [f"val_dice_{name}" for name in run.regions.names]) is not None
+        for _, run in trained
+    )
     for index, run in trained:
         names = run.regions.names
         groups: list[tuple[str, str, Sequence[str]]] = [(run.name, run_color(index), names)]
@@ -291,8 +298,8 @@ def _dice_curves(trained: Sequence[tuple[int, RunReport]], single: bool) -> list
             if development is not None:
                 curves.append(Curve(label, color, steps, development))
             if training is not None:
-                dashed = development is not None
-                curves.append(Curve("" if dashed else label, color, steps, training, dashed))
+                name = label if development is None else ""
+                curves.append(Curve(name, color, steps, training, dashed=watched))
     return curves
 
 

@@ -39,7 +39,7 @@ from tfmtseg.errors import NativeOpsError
 from tfmtseg.ops.record import Record, read_record
 
 LIBRARY = "libtfmtseg_ops"
-SUFFIXES = (".cc", ".h", ".inc", ".cu", ".cuh")
+SUFFIXES = (".cc", ".h", ".cu", ".cuh")
 FLAGS = (
     "-O3",
     "-DNDEBUG",

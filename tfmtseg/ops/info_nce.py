@@ -63,7 +63,7 @@ def info_nce(
 
     Returns:
         Float32, `(N,)`, or `()` when reduced. Differentiable in `queries`, `keys`,
-        `temperature` and `row_weights`.
+        `temperature` and `row_weights`; once, with the native op.
 
     Raises:
         ValueError: If a rank or type is wrong, feature counts or types differ, only one of two
@@ -84,10 +84,12 @@ def info_nce(
     if implementation == "auto" and query_labels is not None and library.uses_gpu():
         implementation = "reference"  # the native op compares by label on CPUs alone
     backend = native if library.choose(implementation) == "native" else reference
-    queries, keys = _rows(queries, keys, normalize)
+    queries, keys = _rows(queries, keys)
     candidates = _candidates(
         queries, keys, positives, query_labels, key_labels, query_ids, key_ids, key_mask
     )
+    if normalize:
+        queries, keys = _normalized(queries, keys, candidates)
     temperature = _positive(temperature)
     weights = None
     if row_weights is not None:
@@ -197,10 +199,12 @@ def retrieval_accuracy(
     Returns:
         Float32, `(N,)`: 1 or 0; 0 without a positive. Has no gradient.
     """
-    queries, keys = _rows(tf.stop_gradient(queries), tf.stop_gradient(keys), normalize)
+    queries, keys = _rows(tf.stop_gradient(queries), tf.stop_gradient(keys))
     candidates = _candidates(
         queries, keys, positives, query_labels, key_labels, query_ids, key_ids, key_mask
     )
+    if normalize:
+        queries, keys = _normalized(queries, keys, candidates)
     return reference.accuracies(queries, keys, candidates)
 
 
@@ -217,7 +221,8 @@ def _each(
     def forward(queries: tf.Tensor, keys: tf.Tensor, temperature: tf.Tensor) -> Any:
         losses = backend.losses(queries, keys, temperature, candidates)
 
-        def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        def gradient(upstream: tf.Tensor | tf.IndexedSlices) -> tuple[tf.Tensor, ...]:
+            upstream = tf.convert_to_tensor(upstream)  # sparse, where some losses were picked
             _, by_queries, by_keys, by_temperature = backend.losses_with_gradients(
                 queries, keys, temperature, candidates, upstream
             )
@@ -266,7 +271,7 @@ def _weighted_sum(
     return forward(queries, keys, temperature, weights)
 
 
-def _rows(queries: tf.Tensor, keys: tf.Tensor, normalize: bool) -> tuple[tf.Tensor, tf.Tensor]:
+def _rows(queries: tf.Tensor, keys: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     queries, keys = tf.convert_to_tensor(queries), tf.convert_to_tensor(keys)
     for name, rows in (("queries", queries), ("keys", keys)):
         if rows.shape.rank != 2:
@@ -281,11 +286,22 @@ def _rows(queries: tf.Tensor, keys: tf.Tensor, normalize: bool) -> tuple[tf.Tens
             f"queries, keys: types are {queries.dtype.name} and {keys.dtype.name}, must be the "
             "same: float32, bfloat16 or float16"
         )
-    if normalize:
-        queries, keys = (
-            tf.math.l2_normalize(tf.cast(rows, tf.float32), axis=-1) for rows in (queries, keys)
-        )
     return queries, keys
+
+
+def _normalized(
+    queries: tf.Tensor, keys: tf.Tensor, candidates: Candidates
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Rows of length 1, in float32.
+
+    What is left out may be NaN, and the gradient by it is 0; the norm would make it NaN.
+    """
+    queries, keys = tf.cast(queries, tf.float32), tf.cast(keys, tf.float32)
+    if candidates.key_labels is None:
+        queries = tf.where(candidates.positives[:, None] >= 0, queries, 0.0)
+    if candidates.key_mask is not None:
+        keys = tf.where(candidates.key_mask[:, None], keys, 0.0)
+    return tf.math.l2_normalize(queries, axis=-1), tf.math.l2_normalize(keys, axis=-1)
 
 
 def _vector(name: str, values: Any, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

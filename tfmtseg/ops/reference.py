@@ -7,7 +7,7 @@ chunk x keys and not with queries x keys.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -32,11 +32,6 @@ class Candidates(NamedTuple):
     query_ids: tf.Tensor | None = None
     key_ids: tf.Tensor | None = None
     key_mask: tf.Tensor | None = None
-
-    def rows(self, start: tf.Tensor, stop: tf.Tensor) -> Candidates:
-        """The same for some of the queries."""
-        ids = None if self.query_ids is None else self.query_ids[start:stop]
-        return self._replace(positives=self.positives[start:stop], query_ids=ids)
 
     def masks(self, num_keys: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Boolean `(N, M)`: the positives, and the negatives."""
@@ -108,28 +103,45 @@ def _rows(
 def _in_chunks(
     queries: tf.Tensor,
     keys: tf.Tensor,
-    work: Callable[[tf.Tensor, tf.Tensor, Sequence[tf.Tensor]], Sequence[tf.Tensor]],
+    candidates: Candidates,
+    work: Callable[..., Sequence[tf.Tensor]],
     row_shapes: Sequence[tuple[int | None, ...]],
-    totals: Sequence[tf.Tensor],
+    row_weights: tf.Tensor | None = None,
+    totals: Sequence[tf.Tensor] = (),
 ) -> tuple[tf.Tensor, ...]:
-    """Calls `work(start, stop, totals)` for chunks of rows.
+    """Calls `work(queries, candidates, row_weights, totals)` for chunks of queries.
 
     It returns one tensor for each of `row_shapes`, whose rows are put together, and
-    new totals.
+    new totals. All chunks are of one size, as XLA wants it; what fills the last one up has
+    no positive and weighs nothing.
     """
     rows = tf.shape(queries)[0]
     known = queries.shape.is_fully_defined() and keys.shape.is_fully_defined()
     if known and queries.shape[0] * keys.shape[0] <= CHUNK_ELEMENTS:  # spares the loop
-        return tuple(work(tf.constant(0), rows, totals))
-    chunk = tf.maximum(CHUNK_ELEMENTS // tf.maximum(tf.shape(keys)[0], 1), 1)
-    count = -(-rows // chunk)
+        return tuple(work(queries, candidates, row_weights, totals))
+    most = tf.maximum(rows, 1)
+    chunk = tf.clip_by_value(CHUNK_ELEMENTS // tf.maximum(tf.shape(keys)[0], 1), 1, most)
+    count = -(-most // chunk)
+
+    def cut(values: tf.Tensor | None, fill: int = 0) -> tf.Tensor | None:
+        if values is None:
+            return None
+        padding = [[0, count * chunk - rows]] + [[0, 0]] * (values.shape.rank - 1)
+        filled = tf.pad(values, padding, constant_values=fill)
+        return tf.reshape(filled, tf.concat([[count, chunk], tf.shape(values)[1:]], 0))
+
+    of_chunks = (
+        cut(queries), cut(candidates.positives, -1), cut(candidates.query_ids), cut(row_weights)
+    )  # fmt: skip
     parts = [
         tf.TensorArray(tf.float32, count, infer_shape=False, element_shape=(None, *shape))
         for shape in row_shapes
     ]
 
     def body(i: tf.Tensor, parts: list, totals: list) -> tuple:
-        results = work(i * chunk, tf.minimum((i + 1) * chunk, rows), totals)
+        own, positives, ids, weights = (None if each is None else each[i] for each in of_chunks)
+        of_own = candidates._replace(positives=positives, query_ids=ids)
+        results = work(own, of_own, weights, totals)
         split = len(parts)
         written = [p.write(i, r) for p, r in zip(parts, results[:split], strict=True)]
         return i + 1, written, list(results[split:])
@@ -137,7 +149,7 @@ def _in_chunks(
     _, parts, totals = tf.while_loop(
         lambda i, *_: i < count, body, (tf.constant(0), parts, list(totals)), parallel_iterations=1
     )
-    return (*(part.concat() for part in parts), *totals)
+    return (*(part.concat()[:rows] for part in parts), *totals)
 
 
 def losses(
@@ -156,11 +168,10 @@ def losses(
     """
     queries, keys = tf.cast(queries, tf.float32), tf.cast(keys, tf.float32)
 
-    def work(start: tf.Tensor, stop: tf.Tensor, totals: Sequence[tf.Tensor]) -> tuple:
-        part = candidates.rows(start, stop)
-        return (_rows(queries[start:stop], keys, temperature, part).losses,)
+    def work(queries: tf.Tensor, candidates: Candidates, *_: Any) -> tuple[tf.Tensor]:
+        return (_rows(queries, keys, temperature, candidates).losses,)
 
-    return _in_chunks(queries, keys, work, [()], [])[0]
+    return _in_chunks(queries, keys, candidates, work, [()])[0]
 
 
 def losses_with_gradients(
@@ -187,16 +198,18 @@ def losses_with_gradients(
     if candidates.key_mask is not None:  # what is left out may be NaN, and 0 times NaN is
         keys = tf.where(candidates.key_mask[:, None], keys, 0.0)
 
-    def work(start: tf.Tensor, stop: tf.Tensor, totals: Sequence[tf.Tensor]) -> tuple:
-        own = queries[start:stop]
-        rows = _rows(own, keys, temperature, candidates.rows(start, stop))
-        slopes = rows.slopes() * (row_weights[start:stop, None] / temperature)
-        own = tf.where(rows.counted, own, 0.0)
-        grad_keys = totals[0] + tf.matmul(slopes, own, transpose_a=True)
+    def work(
+        queries: tf.Tensor, candidates: Candidates, weights: tf.Tensor, totals: Sequence[tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        rows = _rows(queries, keys, temperature, candidates)
+        slopes = rows.slopes() * (weights[:, None] / temperature)
+        counted = tf.where(rows.counted, queries, 0.0)
+        grad_keys = totals[0] + tf.matmul(slopes, counted, transpose_a=True)
         return rows.losses, tf.matmul(slopes, keys), grad_keys
 
+    shapes, totals = [(), (queries.shape[1],)], [tf.zeros_like(keys)]
     found, grad_queries, grad_keys = _in_chunks(
-        queries, keys, work, [(), (queries.shape[1],)], [tf.zeros_like(keys)]
+        queries, keys, candidates, work, shapes, row_weights, totals
     )
     along = tf.where(grad_queries == 0.0, 0.0, queries * grad_queries)  # queries may be NaN
     grad_temperature = -tf.reduce_sum(along) / temperature
@@ -216,15 +229,15 @@ def accuracies(queries: tf.Tensor, keys: tf.Tensor, candidates: Candidates) -> t
     """
     queries, keys = tf.cast(queries, tf.float32), tf.cast(keys, tf.float32)
 
-    def work(start: tf.Tensor, stop: tf.Tensor, totals: Sequence[tf.Tensor]) -> tuple:
-        similarities = tf.matmul(queries[start:stop], keys, transpose_b=True)
+    def work(queries: tf.Tensor, candidates: Candidates, *_: Any) -> tuple[tf.Tensor]:
+        similarities = tf.matmul(queries, keys, transpose_b=True)
         best = [
             tf.reduce_max(tf.where(mask, similarities, float("-inf")), axis=1)
-            for mask in candidates.rows(start, stop).masks(tf.shape(keys)[0])
+            for mask in candidates.masks(tf.shape(keys)[0])
         ]
         return (tf.cast(best[0] > best[1], tf.float32),)
 
-    return _in_chunks(queries, keys, work, [()], [])[0]
+    return _in_chunks(queries, keys, candidates, work, [()])[0]
 
 
 def group_norm_relu(

@@ -6,6 +6,7 @@ A run's folder holds
     model.json        arguments of the model, names of the modalities
     splits/           labeled.txt, unlabeled.txt, development.txt, test.txt
     data.json         by case, the files of the cache, which are named after their content
+    origins.json      what the weights learn from, and what those they begin with have
     checkpoints/      for going on after a break
     history.csv       losses and scores
     tensorboard/      the same, with pictures
@@ -74,7 +75,8 @@ from tfmtseg.training.run_folder import (
     as_begun,
     check_origins,
     claim_folder,
-    origins_of,
+    origin_of,
+    read_origins,
 )
 from tfmtseg.training.sizes import (
     MAX_CROP,
@@ -164,13 +166,14 @@ def _train(
     with strategy.scope():
         model = make_model(config, regions)
         model.build((None, *config.crop, len(folder.modalities)))
-        initialized, origins = [], []
+        initialized, origins = [], [origin_of(config, splits)]
         if goes_on:  # weights come from there; the earlier run may be gone by now
             initialized = read_description(directory)["initialized"]
         elif config.init_checkpoint:
             initialized = initialize(model, config.init_checkpoint, folder.modalities)
-            origins = origins_of(Path(config.init_checkpoint))
-            check_origins(config, splits, origins)
+            earlier = read_origins(Path(config.init_checkpoint))
+            check_origins(config, splits, earlier)
+            origins += earlier
             print(f"Weights of {config.init_checkpoint}: {', '.join(initialized)}, nothing else")
         model.compile(make_optimizer(config))
         # Building the optimizer first spares a second tracing of the training step.
@@ -180,7 +183,7 @@ def _train(
     if writes(strategy):
         splits.write(directory / "splits")
         write_json(directory / "data.json", arrays_of(records))
-        if origins:
+        if not goes_on:
             write_json(directory / "origins.json", origins)
         write_model(directory, model, folder.modalities, config.crop, spacing_mm, initialized)
         write_text(directory / "config.yaml", config.to_yaml())

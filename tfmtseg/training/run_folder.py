@@ -98,29 +98,42 @@ def claim_folder(
             )  # fmt: skip
 
 
-def origins_of(directory: Path) -> list[dict[str, Any]]:
+def origin_of(config: TrainConfig, splits: Splits) -> dict[str, Any]:
+    """What a run learns from by itself.
+
+    Returns:
+        `run` and `data_dir`, its folders, wherever one works; `labels` and `images`, names of
+        the cases whose these are.
+    """
+    return {
+        "run": str(Path(config.model_dir).resolve()),
+        "data_dir": str(Path(config.data_dir).resolve()),
+        "labels": [*splits.labeled] if config.mode == "train" else [],
+        "images": [*splits.labeled, *(splits.unlabeled if config.uses_unlabelled else ())],
+    }
+
+
+def read_origins(directory: Path) -> list[dict[str, Any]]:
     """What the weights of a run have learned from: its own cases, then those of earlier runs.
+
+    Each run keeps all of it, as earlier ones may be gone or elsewhere by now.
 
     Args:
         directory: Folder of a run.
 
     Returns:
-        For the run, and each run that its first weights go back to: `run` and `data_dir`, the
-        folders; `labels` and `images`, names of the cases whose these were.
+        The `origin_of` the run, and of each run that its first weights go back to.
+
+    Raises:
+        InputError: If the run does not have it.
     """
-    config = TrainConfig.from_mapping(
-        read_settings(directory / "config.yaml"), str(directory / "config.yaml")
-    )
-    used = Splits.read(directory / "splits")
-    own = {
-        "run": str(directory),
-        "data_dir": config.data_dir,
-        "labels": [*used.labeled] if config.mode == "train" else [],
-        "images": [*used.labeled, *(used.unlabeled if config.uses_unlabelled else ())],
-    }
-    # Kept in each run, as earlier ones may be gone or elsewhere by now.
-    earlier = directory / "origins.json"
-    return [own, *(json.loads(earlier.read_text(encoding="utf-8")) if earlier.exists() else ())]
+    path = directory / "origins.json"
+    if not path.exists():
+        raise InputError(
+            path, "file", "missing", "there: it says whose labels the weights have learned",
+            "bring it back from the folder of that training",
+        )  # fmt: skip
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def check_origins(
@@ -133,13 +146,14 @@ def check_origins(
     Args:
         config: Settings of the run to be started.
         splits: Its cases.
-        origins: What the first weights have learned from; see `origins_of`.
+        origins: What the first weights have learned from; see `read_origins`.
 
     Raises:
         InputError: If they learned labels of development or test cases.
 
     Warns:
-        InputWarning: If they saw their images, or names of another data folder agree.
+        InputWarning: If they saw their images, or names of another data folder agree, which
+            may be the same data elsewhere.
     """
 
     def subject(name: str) -> str:
@@ -154,7 +168,7 @@ def check_origins(
         return sorted({held_out[who] for who in map(subject, names) if who in held_out})
 
     def is_ours(origin: Mapping[str, Any]) -> bool:
-        return Path(origin["data_dir"]).resolve() == Path(config.data_dir).resolve()
+        return Path(origin["data_dir"]) == Path(config.data_dir).resolve()
 
     for origin in filter(is_ours, origins):
         if learned := held_out_among(origin["labels"]):
@@ -165,10 +179,11 @@ def check_origins(
                 "start from a run with the same development and test cases",
             )  # fmt: skip
     for origin in origins:
-        if seen := held_out_among(origin["images"]):
+        learned = held_out_among(origin["labels"])
+        if seen := learned or held_out_among(origin["images"]):
             warnings.warn(
-                f"{origin['run']}: was trained on images of {len(seen)} development or test cases "
-                f"of this run, such as {seen[0]}"
+                f"{origin['run']}: was trained on {'labels' if learned else 'images'} of "
+                f"{len(seen)} development or test cases of this run, such as {seen[0]}"
                 + ("" if is_ours(origin) else ", should these be the same and not only in name")
                 + "; scores may flatter.",
                 InputWarning,

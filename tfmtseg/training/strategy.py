@@ -50,10 +50,10 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     if config.uses_unlabelled:
         shared["unlabeled_per_step"] = config.unlabeled_per_step
     name, count = config.strategy, config.num_replicas or len(gpus)
-    if name == "auto":
-        if _cluster():
-            name = "multi_worker"
-        elif not config.num_replicas:
+    if name == "auto" and _cluster():
+        name = "multi_worker"
+    elif name == "auto":
+        if not config.num_replicas:
             together = math.gcd(*shared.values())
             count = max(n for n in range(1, max(len(gpus), 1) + 1) if together % n == 0)
             if count < len(gpus):
