@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -232,6 +233,17 @@ def test_estimates_of_the_rule(make_experiment):
     arrays += 38 * 2 * 32**3 + 12 * 2 * 27 * 16**3
     assert estimates.memory_mib(sscpcseg) == pytest.approx((8e8 + 4 * 16 * arrays) / 2**20)
     assert estimates.source(encdec) == "rule"
+
+
+@pytest.mark.parametrize("crop", [(96, 96, 36), (36, 96, 96), (96, 96, 12), (64, 40, 56)])
+def test_memory_of_a_contrast_whose_cubes_are_left_to_the_data(crop, make_experiment):
+    """The voxel sizes, which tell the strides, are not known yet; thick slices are."""
+    experiment = make_experiment("encdec", "sscpcseg", crop=crop, width=16)
+    estimates = Estimates(experiment, Results({}, {}))
+    encdec, sscpcseg = (Run(arm, 3, 0) for arm in experiment.arms.values())
+    # Beside as many patches more, the cubes, which overlap by half.
+    arrays = (estimates.memory_mib(sscpcseg) - estimates.memory_mib(encdec)) * 2**20 / 4 / 16
+    assert 38 * 2 * math.prod(crop) < arrays < (38 * 2 + 12 * 2 * 8) * math.prod(crop)
 
 
 def test_many_outputs_take_memory(make_experiment, tmp_path):

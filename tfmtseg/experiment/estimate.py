@@ -16,7 +16,7 @@ from tfmtseg.models.methods import METHODS
 from tfmtseg.processor import processor_name
 from tfmtseg.regions import Regions
 from tfmtseg.training.memory import COUNTED_OUTPUTS, training_memory_gb
-from tfmtseg.training.sizes import MAX_CROP, choose_cube
+from tfmtseg.training.sizes import LEVELS, MAX_CROP, choose_cube
 
 # The rule for arms without a finished run, from trials on one core of a two-core server
 # with crops of 32 x 48 x 32 and 96 x 96 x 8 and a width of 8.
@@ -71,8 +71,9 @@ class Estimates:
             return measured
         config = self.experiment.config(run)
         if not all((*config.crop, *config.cube_size)):  # left to the data, which may be large
-            x, y, z = (size or MAX_CROP for size in config.crop)
-            level = (1 + (x >= 32), 1 + (y >= 32), 1 + (z >= 32))
+            x, y, z = crop = tuple(size or MAX_CROP for size in config.crop)
+            halved = [size >= 32 and size % 2**LEVELS == 0 for size in crop]  # others are thick
+            level = (1 + halved[0], 1 + halved[1], 1 + halved[2])
             strides = config.strides if config.has_strides else (level, level, level)
             cube_size = choose_cube((x, y, z), strides)
             config = dataclasses.replace(config, crop=(x, y, z), cube_size=cube_size)

@@ -244,7 +244,7 @@ class Checkpoints(keras.callbacks.Callback):
         self.clock = Clock()
         # Not the optimizer's count, in which Keras 3 leaves out what loss scaling left out.
         self.step = 0
-        self.saved_step = 0  # of several workers, whichever has written
+        self.saved_step = 0
         self._kept = {
             "step": tf.Variable(0, dtype=tf.int64, trainable=False),
             "seconds": tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False),
@@ -288,7 +288,7 @@ class Checkpoints(keras.callbacks.Callback):
             self._kept["seconds"].assign(self.clock.read())
             with whole_or_not(self.directory):
                 self.manager.save()
-        self.saved_step = self.step
+            self.saved_step = self.step
 
 
 class Termination(keras.callbacks.Callback):
@@ -326,8 +326,10 @@ class Termination(keras.callbacks.Callback):
 
     def leave(self) -> None:
         """Ends the process with status 143, as shells call a death by SIGTERM."""
-        step = self.checkpoints.saved_step
-        print(f"Asked to end: saved after step {step}. Repeat the command to go on.")
+        saved = "the first worker saves"
+        if self.checkpoints.writes:
+            saved = f"saved after step {self.checkpoints.saved_step}"
+        print(f"Asked to end: {saved}. Repeat the command to go on.")
         sys.exit(128 + signal.SIGTERM)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

@@ -131,7 +131,7 @@ def read_origins(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         raise InputError(
             path, "file", "missing", "there: it says whose labels the weights have learned",
-            "bring it back from the folder of that training",
+            "bring it back from where it was trained, or train it again",
         )  # fmt: skip
     return json.loads(path.read_text(encoding="utf-8"))
 
