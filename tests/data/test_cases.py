@@ -49,6 +49,17 @@ class TestDecathlon:
         folder.description["modality"] = {str(i): f"m{i}" for i in reversed(range(11))}
         assert read_data_folder(folder.write()).modalities == tuple(f"m{i}" for i in range(11))
 
+    def test_names_are_text(self, folder):
+        """They stand in messages, tables and file names."""
+        folder.case("c")
+        folder.description["name"] = "a\x1b[2Jb"
+        folder.description["modality"] = {"0": "M\nRI"}
+        folder.description["labels"] = {"0": "background", "1": "a\x1b[31m", "2": "b"}
+        found = problems(folder.write())
+        for text, what in zip(found, ("'modality'", "'labels'", "'name'"), strict=True):
+            assert f"dataset.json: {what} is " in text
+            assert text.isprintable()
+
     def test_byte_order_mark(self, folder):
         folder.case("c")
         file = folder.write() / "dataset.json"

@@ -139,6 +139,14 @@ class TestImage:
         volume = nifti.read_image(paths, num_modalities=2)
         np.testing.assert_array_equal(volume.voxels, voxels)
 
+    def test_all_modalities_together_are_limited(self, tmp_path, monkeypatch):
+        paths = [save(tmp_path / f"c_000{i}.nii.gz", random_image()) for i in range(3)]
+        monkeypatch.setattr(nifti, "MAX_VOXELS", 3 * random_image().size)
+        assert nifti.read_image(paths).voxels.shape == (*SHAPE, 3)
+        monkeypatch.setattr(nifti, "MAX_VOXELS", 3 * random_image().size - 1)
+        with pytest.raises(InputError, match=r"c_0000\.nii\.gz: image is 3 files of .* must"):
+            nifti.read_image(paths)
+
     def test_modalities_must_lie_in_one_space(self, tmp_path):
         one = save(tmp_path / "c_0000.nii.gz", random_image())
         moved = RAS.copy()

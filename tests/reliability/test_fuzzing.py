@@ -237,7 +237,10 @@ def check_folder(root: Path) -> None:
         assert case.name.isprintable()
         for path in (*case.images, *([case.label] if case.label else [])):
             assert path.resolve(strict=True).is_relative_to(root)
+    if folder and not errors:
+        assert "".join(folder.modalities).isprintable()
     if folder and folder.regions:
+        assert "".join(folder.regions.names).isprintable()
         assert 1 <= max(set().union(*folder.regions.members)) <= 255
 
 

@@ -92,40 +92,90 @@ train.run()
 """
 
 
+class Workers:
+    """Two workers of a training, in processes of their own."""
+
+    def __init__(self, config: TrainConfig, run: Path, folder: Path):
+        changes = {**dataclasses.asdict(config), "model_dir": str(run), "strategy": "auto"}
+        self.settings = folder / "config.yaml"
+        self.settings.write_text(TrainConfig(**changes).to_yaml())
+        self.hosts = [f"127.0.0.1:{free_port()}" for _ in range(2)]
+        self.processes: list[subprocess.Popen] = []
+
+    def output(self, place: int) -> Path:
+        return self.settings.with_name(f"worker{place}.txt")
+
+    def start(self, index: int, *command: str) -> None:
+        """Starts the worker of that index; the first process that was started is number 0."""
+        task = {"type": "worker", "index": index}
+        cluster = json.dumps({"cluster": {"worker": self.hosts}, "task": task})
+        with self.output(len(self.processes)).open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *command, f"--config_file={self.settings}"], stdout=file,
+                stderr=subprocess.STDOUT, cwd=ROOT, env={**os.environ, "TF_CONFIG": cluster},
+            )  # fmt: skip
+        self.processes.append(process)
+
+    def wait(self, place: int) -> int:
+        return self.processes[place].wait(timeout=300)
+
+    def said(self, place: int) -> str:
+        return self.output(place).read_text()
+
+    def end(self) -> None:
+        """Reaps all, whatever happened: a process that is left would fail a later test."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
 def test_a_worker_dies_and_comes_back(config, alone, tmp_path):
     """kill -9 of the second of two workers; it is started again, and the run finishes."""
     run = tmp_path / "run"
-    changes = {**dataclasses.asdict(config), "model_dir": str(run), "strategy": "auto"}
-    (tmp_path / "config.yaml").write_text(TrainConfig(**changes).to_yaml())
-    flags = [f"--config_file={tmp_path / 'config.yaml'}"]
-    hosts = [f"127.0.0.1:{free_port()}" for _ in range(2)]
-    files = [tmp_path / f"worker{i}.txt" for i in range(3)]
-
-    def start(index: int, output: Path, *command: str) -> subprocess.Popen:
-        task = {"type": "worker", "index": index}
-        cluster = json.dumps({"cluster": {"worker": hosts}, "task": task})
-        with output.open("w") as file:
-            return subprocess.Popen(
-                [sys.executable, *command, *flags], stdout=file, stderr=subprocess.STDOUT,
-                cwd=ROOT, env={**os.environ, "TF_CONFIG": cluster},
-            )  # fmt: skip
-
-    workers = [start(0, files[0], "tools/train.py"), start(1, files[1], "-c", DIES_AFTER_AN_EPOCH)]
-    # Reaped whatever happens: a process that is left would fail a later test.
+    workers = Workers(config, run, tmp_path)
     try:
-        assert workers[1].wait(timeout=300) == -signal.SIGKILL, files[1].read_text()[-2000:]
+        workers.start(0, "tools/train.py")
+        workers.start(1, "-c", DIES_AFTER_AN_EPOCH)
+        assert workers.wait(1) == -signal.SIGKILL, workers.said(1)[-2000:]
         assert not (run / "result.json").exists()
-        workers.append(start(1, files[2], "tools/train.py"))
-        for worker, file in ((workers[2], files[2]), (workers[0], files[0])):
-            assert worker.wait(timeout=300) == 0, file.read_text()[-2000:]
-            assert "Going on after step 2" in file.read_text()
+        workers.start(1, "tools/train.py")
+        for place in (2, 0):
+            assert workers.wait(place) == 0, workers.said(place)[-2000:]
+            assert "Going on after step 2" in workers.said(place)
     finally:
-        for worker in workers:
-            worker.kill()
-            worker.wait()
-    assert "A worker was lost, starting again" in files[0].read_text()
+        workers.end()
+    assert "A worker was lost, starting again" in workers.said(0)
     same_curves(curve(dataclasses.replace(config, model_dir=str(run))), alone)
     assert json.loads((run / "result.json").read_text())["num_replicas"] == 2
+
+
+ASKED_TO_END_AFTER_STEP_3 = """
+import os, signal
+from tfmtseg.training import callbacks
+count = callbacks.Checkpoints.on_train_batch_end
+def ask(self, batch, logs=None):
+    count(self, batch, logs)
+    if self.step == 3: os.kill(os.getpid(), signal.SIGTERM)
+callbacks.Checkpoints.on_train_batch_end = ask
+from tfmtseg.tools import train
+train.run()
+"""
+
+
+def test_a_worker_is_asked_to_end(config, tmp_path):
+    """SIGTERM at the second of two workers, amid an epoch: the first one saves, and both end."""
+    run = tmp_path / "run"
+    workers = Workers(config, run, tmp_path)
+    try:
+        workers.start(0, "tools/train.py")
+        workers.start(1, "-c", ASKED_TO_END_AFTER_STEP_3)
+        assert [workers.wait(place) for place in range(2)] == [143, 143]
+    finally:
+        workers.end()
+    assert "Another worker was asked to end: saved after step 3." in workers.said(0)
+    assert "Asked to end. Repeat" in workers.said(1)
+    latest = tf.train.latest_checkpoint(run / "checkpoints")
+    assert tf.train.load_variable(latest, "step/.ATTRIBUTES/VARIABLE_VALUE") == 3
 
 
 class _StartedAgain(Exception):

@@ -33,6 +33,7 @@ from tfmtseg.regions import MAX_LABEL, Regions
 MAX_TEXT_BYTES = 2**22  # a dataset.json costs up to 30 times as much memory
 MAX_JSON_DEPTH = 20
 MAX_CASES = 50_000
+_PRINTABLE = "of printable characters"
 
 _MASK_FILE = re.compile(r"(.+?)[_-](?:seg|segmentation|label|labels|mask|gt)", re.IGNORECASE)
 _MODALITY_FILE = re.compile(r"(.+)_(\d{4})")  # nnU-Net's CASE_0000, without the suffix
@@ -367,6 +368,14 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def _read_name(description: _Description) -> str:
+    """The name of the data, if it has one."""
+    name = str(description.content.get("name", ""))
+    if not name.isprintable():
+        description.problem("'name'", _shown(name), _PRINTABLE, "correct the name")
+    return name
+
+
 def _read_numbered(description: _Description, key: str) -> tuple[str, ...]:
     """The values of `{"0": ..., "1": ...}` in the order of their numbers."""
     names = description.entry(key, dict, 'an object like {"0": "MRI"}')
@@ -374,7 +383,10 @@ def _read_numbered(description: _Description, key: str) -> tuple[str, ...]:
         description.problem(
             f"'{key}'", list(names), "numbered 0, 1, ... without a gap", "renumber the entries"
         )
-    return tuple(str(names[str(i)]) for i in range(len(names)) if str(i) in names)
+    texts = tuple(str(names[str(i)]) for i in range(len(names)) if str(i) in names)
+    if not "".join(texts).isprintable():
+        description.problem(f"'{key}'", _shown(names), _PRINTABLE, "correct the names")
+    return texts
 
 
 def _read_regions(
@@ -406,6 +418,8 @@ def _read_regions(
         values = _label_values(labels)
     except ValueError:
         return refuse(without_gap, renumber)
+    if not "".join(values).isprintable():
+        return refuse(_PRINTABLE, "correct the names")
     declared = sorted({0}.union(*values.values()))
     if declared[0] < 0 or declared[-1] > MAX_LABEL:
         return refuse(f"in 0..{MAX_LABEL}", "renumber the labels, in the files too")
@@ -496,7 +510,7 @@ def _scan_decathlon(
     _warn_about_swapped_labels(description, cases.values())
     return DataFolder(
         root.path,
-        str(description.content.get("name", "")),
+        _read_name(description),
         modalities,
         regions,
         labels,
@@ -536,7 +550,7 @@ def _listed_file(root: _Root, description: _Description, where: str, text: Any) 
     """The file that `text` names below `root`; `None` and a problem if it is none."""
     if not isinstance(text, str) or not _is_proper(_stem(Path(text))) or not text.isprintable():
         description.problem(
-            where, _shown(text), "the path of a file, of printable characters", "correct the path"
+            where, _shown(text), f"the path of a file, {_PRINTABLE}", "correct the path"
         )
         return None
     path = root.path / text
@@ -779,7 +793,7 @@ def _scan_nnunet(
         description.problem("imagesTr", "without images", "a folder with images", "add images")
     return DataFolder(
         root.path,
-        str(description.content.get("name", "")),
+        _read_name(description),
         modalities,
         regions,
         labels,

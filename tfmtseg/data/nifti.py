@@ -197,6 +197,12 @@ def read_image(paths: Sequence[Path], *, num_modalities: int | None = None) -> V
         header, voxels = _read(path)
         if geometry is None:
             geometry = header.geometry
+            if len(paths) * voxels.size > MAX_VOXELS:  # the others are as large, or refused
+                raise InputError(
+                    path, "image", f"{len(paths)} files of {voxels.size} voxels",
+                    f"at most {MAX_VOXELS} voxels together (the limit)",
+                    "crop or resample the image, or leave modalities out",
+                )  # fmt: skip
         else:
             _check_same_space(path, header.geometry, paths[0], geometry)
         if len(paths) > 1:

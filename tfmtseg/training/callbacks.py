@@ -19,6 +19,7 @@ from tfmtseg.compat import keras
 from tfmtseg.files import read_rows, write_rows
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.training.checkpoint import latest_checkpoint, whole_or_not
+from tfmtseg.training.strategy import anywhere
 
 # Label colours of overlays; a region's colour is the same everywhere in a run.
 COLOURS = np.array(
@@ -294,13 +295,18 @@ class Checkpoints(keras.callbacks.Callback):
 class Termination(keras.callbacks.Callback):
     """Saves after the current update when the process is asked to end, and ends it.
 
+    Of several workers, all end with the one that is asked: none can go on without it, and the
+    one that saves has to be there.
+
     Args:
         checkpoints: Saves.
+        strategy: Who trains.
     """
 
-    def __init__(self, checkpoints: Checkpoints):
+    def __init__(self, checkpoints: Checkpoints, strategy: tf.distribute.Strategy):
         super().__init__()
         self.checkpoints = checkpoints
+        self.strategy = strategy
         self.asked = False
         self.before: Any = None
 
@@ -314,22 +320,21 @@ class Termination(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Saves at once; leaves unless the epoch is complete, whose line of history comes first."""
-        if self.asked:
+        if anywhere(self.strategy, self.asked):
             self.checkpoints.commit()
             if batch + 1 < self.params["steps"]:
                 self.leave()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Leaves, if asked to."""
-        if self.asked:
+        if anywhere(self.strategy, self.asked):
             self.leave()
 
     def leave(self) -> None:
         """Ends the process with status 143, as shells call a death by SIGTERM."""
-        saved = "the first worker saves"
-        if self.checkpoints.writes:
-            saved = f"saved after step {self.checkpoints.saved_step}"
-        print(f"Asked to end: {saved}. Repeat the command to go on.")
+        who = "Asked to end" if self.asked else "Another worker was asked to end"
+        saved = f": saved after step {self.checkpoints.saved_step}" * self.checkpoints.writes
+        print(f"{who}{saved}. Repeat the command to go on.")
         sys.exit(128 + signal.SIGTERM)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:

@@ -40,7 +40,9 @@ def _setting(default: Any, help: str) -> Any:
 class TrainConfig:
     """Everything a training run depends on. The help texts are those of the flags."""
 
-    data_dir: str = _setting("", "Folder with dataset.json (Decathlon or nnU-Net layout).")
+    data_dir: str = _setting(
+        "", "Folder with dataset.json (Decathlon or nnU-Net layout), or in the layout of BraTS."
+    )
     unlabeled_dir: str = _setting("", "Folder of further images without labels.")
     allow_root: str = _setting("", "Another folder that links in the data folders may lead into.")
     model_dir: str = _setting("", "Folder of the run; made when missing, gone on with when not.")
@@ -154,7 +156,7 @@ class TrainConfig:
         "processor where there is none; multi_worker, on the machines of TF_CONFIG.",
     )
     num_replicas: int = _setting(
-        0, "Devices that share a step, which must divide its patches; 0 takes all GPUs."
+        0, "Devices that share its patches evenly; 0 takes as many GPUs as can (mirrored: all)."
     )
     train_steps: int = _setting(5000, "Updates in all.")
     steps_per_epoch: int = _setting(100, "Updates between checkpoints; divides train_steps.")

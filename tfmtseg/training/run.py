@@ -363,7 +363,7 @@ def _fit(
     history = History(
         directory / "history.csv", config.steps_per_epoch, make_schedule(config), clock
     )
-    termination = Termination(checkpoints)
+    termination = Termination(checkpoints, strategy)
     progress = Progress(config.train_steps, first_step)
     callbacks = [clock, checkpoints, termination]
     if writes(strategy):

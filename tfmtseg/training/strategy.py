@@ -168,6 +168,14 @@ def wait_for_all(strategy: tf.distribute.Strategy) -> None:
     strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(lambda: tf.ones(())), axis=None)
 
 
+def anywhere(strategy: tf.distribute.Strategy, here: bool) -> bool:
+    """Whether something is so in any worker; all of them come here, with what is so in theirs."""
+    if not several_workers(strategy):
+        return here
+    counted = strategy.run(lambda: tf.cast(here, tf.float32))
+    return float(strategy.reduce(tf.distribute.ReduceOp.SUM, counted, axis=None)) > 0
+
+
 def writes(strategy: tf.distribute.Strategy) -> bool:
     """Whether this process writes the run's files: the first worker does."""
     return bool(strategy.extended.should_checkpoint)
