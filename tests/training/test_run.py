@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -209,6 +210,16 @@ def test_a_run_does_not_go_on_with_other_voxels(opened, phantoms, tmp_path):
     label[label == 3] = 2
     nib.save(nib.Nifti1Image(label, nib.load(path).affine), path)
     with pytest.raises(InputError, match=rf"data\.json: case {case} is .*, must be .*as made of"):
+        train(config)
+
+
+def test_negatives_of_each_replica_need_as_many_replicas(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_fit", lambda *arguments: (0.0, 0.0))
+    config = settings(phantoms, tmp_path / "run", negatives="batch")
+    train(config)
+    two = SimpleNamespace(num_replicas_in_sync=2, extended=SimpleNamespace(should_checkpoint=True))
+    monkeypatch.setattr(run_module, "make_strategy", lambda config: two)
+    with pytest.raises(InputError, match=r"config\.yaml: num_replicas is 1, must be 2, as asked"):
         train(config)
 
 

@@ -125,6 +125,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
     further = further_images(config, folder)
     splits = split_cases(config, folder, further)
     strategy = make_strategy(config)
+    if config.negatives == "batch":  # those of each replica
+        config = dataclasses.replace(config, num_replicas=strategy.num_replicas_in_sync)
     keras.utils.set_random_seed(config.seed)
     alone = lock(directory, "training run") if writes(strategy) else contextlib.nullcontext()
     with alone, lost_workers(strategy):

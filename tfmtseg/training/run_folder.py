@@ -18,8 +18,9 @@ from tfmtseg.training.config import TrainConfig, read_settings
 from tfmtseg.training.precision import choose_precision
 from tfmtseg.training.run_data import subject_by
 
-# Settings that may differ when a run goes on: they change no result, or its rounding alone.
-# What lies in the folders is compared besides.
+# Settings that may differ when a run goes on: they change no result, or its rounding alone
+# (but for `num_replicas` with negatives of each replica). What lies in the folders is compared
+# besides.
 MAY_CHANGE = {
     "data_dir", "unlabeled_dir", "allow_root", "model_dir", "cache_dir", "strategy", "num_replicas",
 }  # fmt: skip
@@ -58,9 +59,10 @@ def claim_folder(
     before = TrainConfig.from_mapping(read_settings(path), str(path))
     # Of a run from before there was such a setting.
     before = dataclasses.replace(before, precision=choose_precision(before.precision))
+    may_change = MAY_CHANGE - ({"num_replicas"} if config.negatives == "batch" else set())
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
-        if field.name not in MAY_CHANGE and old != new:
+        if field.name not in may_change and old != new:
             raise InputError(
                 path, field.name, repr(old), f"{new!r}, as asked for now", another
             )  # fmt: skip
