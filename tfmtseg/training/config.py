@@ -156,7 +156,7 @@ class TrainConfig:
         "processor where there is none; multi_worker, on the machines of TF_CONFIG.",
     )
     num_replicas: int = _setting(
-        0, "Devices that share its patches evenly; 0 takes as many GPUs as can (mirrored: all)."
+        0, "Devices that share a step's patches; 0 takes as many GPUs as can (mirrored: all)."
     )
     train_steps: int = _setting(5000, "Updates in all.")
     steps_per_epoch: int = _setting(100, "Updates between checkpoints; divides train_steps.")
