@@ -59,7 +59,7 @@ def test_an_instruction_set_that_was_chosen(monkeypatch):
 @pytest.mark.parametrize(
     ("record", "gpus", "problem"),
     [
-        ({"architectures": (80,), "nvcc": "release 13.0"}, [80], "driver runs CUDA 12 at most"),
+        ({"architectures": (80,), "nvcc": "release 13.0"}, [80], "driver runs CUDA 12.4 at most"),
         ({"architectures": (80,), "nvcc": "release 12.4"}, [80], ""),
         ({"architectures": (80,), "nvcc": "release 12.4"}, [75], "no kernels for a GPU"),
         ({"architectures": (), "nvcc": ""}, [80], "no kernels for a GPU"),
@@ -70,7 +70,7 @@ def test_a_gpu_that_the_ops_leave_idle(monkeypatch, record, gpus, problem):
     record = replace(library.record(), **record)
     monkeypatch.setattr(library, "is_built", lambda: True)  # without CUDA, here
     monkeypatch.setattr(library, "record", lambda: record)
-    monkeypatch.setattr(library, "_driver_cuda", lambda: 12)
+    monkeypatch.setattr(library, "_driver_cuda", lambda: (12, 4))
     monkeypatch.setattr(build, "visible_architectures", lambda: gpus)
     found = find("CUDA")
     assert problem in found.problem

@@ -47,6 +47,22 @@ def test_sizes():
     assert sparse.num_outputs == 4
 
 
+@pytest.mark.parametrize(
+    ("names", "pair"),
+    [
+        (["liver", "right kidney", "left kidney"], ("left kidney", "right kidney")),
+        (["Kidney_L", "Kidney_R"], ("Kidney_L", "Kidney_R")),
+        (["hippocampus-lh-1", "hippocampus-rh-2"], None),
+        (["lh1", "rh1"], ("lh1", "rh1")),
+        (["left ventricle cavity", "right ventricle"], None),
+        (["WT", "TC", "ET"], None),
+        (["l", "left"], None),
+    ],
+)
+def test_regions_of_two_sides(names, pair):
+    assert Regions.exclusive(names).mirror_pair == pair
+
+
 def test_masks_of_exclusive_regions():
     masks = Regions.exclusive(["a", "b"]).masks(np.array([[0, 1], [2, 1]]))
     assert masks.dtype == bool

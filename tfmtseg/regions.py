@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ PRESETS: dict[str, dict[str, tuple[int, ...]]] = {
 
 
 MAX_LABEL = 255  # label maps are kept as uint8
+_OTHER_SIDE = {"left": "right", "l": "r", "lh": "rh", "lt": "rt"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,16 @@ class Regions:
             "members": [list(values) for values in self.members],
             "nested": self.nested,
         }
+
+    @property
+    def mirror_pair(self) -> tuple[str, str] | None:
+        """Two regions that the names tell apart by side alone, if there are such ones."""
+        words = {tuple(re.findall(r"[a-z]+|\d+", name.casefold())): name for name in self.names}
+        for name_words, name in words.items():
+            other = tuple(_OTHER_SIDE.get(word, word) for word in name_words)
+            if other != name_words and other in words:
+                return name, words[other]
+        return None
 
     @property
     def head_sizes(self) -> tuple[int, ...]:

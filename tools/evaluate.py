@@ -18,6 +18,11 @@ _MODEL_DIR = flags.DEFINE_list(
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Where the data folder lies now. Default: where it lay in the training."
 )
+_ALLOW_ROOT = flags.DEFINE_string(
+    "allow_root",
+    None,
+    "Another folder that links in the data folder may lead into. Default: that of the training.",
+)
 _SPLIT = flags.DEFINE_enum("split", "test", ["test", "development"], "Which cases to score.")
 _MAX_MEMORY_GB = flags.DEFINE_float(
     "max_memory_gb", 0.0, "What the process may take, in GB; 0: what is free.", lower_bound=0.0
@@ -38,8 +43,9 @@ _COMPARISON = flags.DEFINE_string(
 
 def _evaluate() -> None:
     split = _SPLIT.value
+    places = _DATA_DIR.value, _ALLOW_ROOT.value
     if len(_MODEL_DIR.value) != 1:  # a single one is read in a moment
-        check_runs(_MODEL_DIR.value, split, same_cases=bool(_COMPARISON.value))
+        check_runs(_MODEL_DIR.value, split, bool(_COMPARISON.value), *places)
     for model_dir in _MODEL_DIR.value:
         summary = evaluate(
             model_dir,
@@ -47,13 +53,13 @@ def _evaluate() -> None:
             _MAX_MEMORY_GB.value,
             _FLIPS.value,
             _SURFACE_TOLERANCE_MM.value,
-            _DATA_DIR.value,
+            *places,
         )
         _print_means(summary)
         print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")
         print(f"Report: {Path(model_dir) / 'evaluation' / split / 'report.html'}")
     if _COMPARISON.value:
-        compare(_MODEL_DIR.value, _COMPARISON.value, split, _DATA_DIR.value)
+        compare(_MODEL_DIR.value, _COMPARISON.value, split, *places)
         print(f"Comparison: {_COMPARISON.value}")
     elif len(_MODEL_DIR.value) > 1:
         together = summarize_runs(_MODEL_DIR.value, split)

@@ -159,7 +159,7 @@ class TestReuse:
     @pytest.mark.parametrize(
         ("setting", "value"),
         [("VERSION", -1), ("CLIP", 9.0), ("STEP", 1e-3), ("PERCENTILES", (1.0, 99.0)),
-         ("BACKGROUND_SHARE", 0.6), ("LEAST_STD", 1e-5)],
+         ("BACKGROUND_SHARE", 0.6), ("LOWEST_SHARE", 0.02), ("LEAST_STD", 1e-5)],
     )  # fmt: skip
     def test_changed_preprocessing(self, cases, build, monkeypatch, setting, value):
         (record, *_) = build(cases)

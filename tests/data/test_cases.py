@@ -321,6 +321,16 @@ class TestNnunet:
         (text,) = problems(root)
         assert "'channel_names' is" in text
 
+    def test_files_of_another_ending(self, root):
+        for file in ("imagesTr/c_0000", "imagesTr/c_0001", "labelsTr/c"):
+            (root / f"{file}.nii").touch()
+        with pytest.warns(InputWarning) as caught:
+            assert [case.name for case in read_data_folder(root).cases] == ["a"]
+        texts = [str(item.message) for item in caught]
+        assert len(texts) == 2
+        assert "imagesTr: 2 images are left out, such as 'c_0000.nii': names have to" in texts[0]
+        assert "labelsTr: 1 images are left out, such as 'c.nii'" in texts[1]
+
     def test_missing_partners(self, root):
         (root / "labelsTr/b.nii.gz").touch()
         (root / "imagesTr/c_0000.nii.gz").touch()
@@ -419,6 +429,24 @@ class TestBrats:
         assert "must be 355_seg.nii. Fix" in texts[0]
         assert f"{tmp_path}/x: modality is flair missing" in texts[1]
 
+    @pytest.mark.parametrize("name", ["b_fixed", "B"])
+    def test_a_folder_of_another_name_than_its_files(self, tmp_path, name):
+        self.case(tmp_path / "a", *self.OLD[:2])
+        self.case(tmp_path / "b", *self.OLD[:2])
+        (tmp_path / "b").rename(tmp_path / name)
+        (tmp_path / "masks").mkdir()
+        (tmp_path / "masks/brain.nii.gz").touch()  # nobody's concern
+        (text,) = problems(tmp_path)
+        assert text.startswith(f"{tmp_path}/{name}/b_flair.nii.gz: name is that of another case")
+        assert f"must be {name}_ and an ending. Fix: rename" in text
+
+    @pytest.mark.parametrize("ending", ["seg", "t1"])
+    def test_a_file_there_twice(self, tmp_path, ending):
+        self.case(tmp_path / "a", *self.OLD[:2])
+        (tmp_path / f"a/a_{ending}.nii").touch()
+        (text,) = problems(tmp_path)
+        assert f"a: file is there as a_{ending}.nii.gz and a_{ending}.nii, must be" in text
+
     def test_cases_of_two_years(self, tmp_path):
         self.case(tmp_path / "a", *self.OLD[:2])
         self.case(tmp_path / "b", *self.NEW[:2])
@@ -507,6 +535,11 @@ class TestPlain:
         (text,) = problems(tmp_path)
         assert "file name is '" in text
         assert text.isprintable()
+
+    def test_a_suffix_in_capitals(self, tmp_path):
+        self.touch(tmp_path, "a.nii.gz", "b.NII.GZ", "._c.NII")
+        with pytest.warns(InputWarning, match="1 images are left out, such as 'b.NII.GZ'"):
+            assert [case.name for case in read_data_folder(tmp_path).cases] == ["a"]
 
     def test_nothing_there(self, tmp_path):
         assert "without images" in problems(tmp_path)[0]

@@ -30,10 +30,19 @@ class TestBackground:
     def test_tight_crop(self):
         assert background_value(tight()) is None
 
-    def test_half_of_the_faces_is_not_enough(self):
-        faces = np.zeros((3, 3, 3), np.float32)
-        faces.flat = np.arange(27)
-        assert background_value(faces) is None
+    def test_the_lowest_value_where_half_of_the_faces_is_not_enough(self):
+        image = tight()
+        image[:, :4] = 7  # 8/22 of four faces and one of the two others: less than half
+        assert background_value(image) == 7
+        image[:, :4] = 900  # no lower than the rest: a bright organ
+        assert background_value(image) is None
+
+    def test_a_lowest_value_of_few_voxels_is_none(self):
+        image = np.arange(1000, dtype=np.float32).reshape(10, 10, 10)
+        image.flat[:10] = 0
+        assert background_value(image) is None
+        image.flat[:11] = 0
+        assert background_value(image) == 0
 
 
 class TestNormalize:
@@ -57,6 +66,22 @@ class TestNormalize:
         result = normalize(image)
         assert np.all(result.values()[0, 0, 0, 0] == result.background[0])
         assert result.background[1] == result.values()[..., 1].min()
+
+    @pytest.mark.parametrize("air", [-4, -1000])
+    def test_a_tighter_crop_leaves_the_tissue_in_its_units(self, air):
+        """A ball in air that is not 0, cut where air fills over and under half of the faces."""
+        places = np.indices((64, 64, 64)) - 31.5
+        inside = (places**2).sum(0) < 25**2
+        values = np.random.default_rng(0).normal(20, 3, inside.shape)
+        ball = np.where(inside, values, air).astype(np.float32)[..., None]
+        tissue = []
+        for cut in range(4, 19):
+            part = (slice(cut, 64 - cut),) * 3
+            normalized = normalize(ball[part]).values()[..., 0]
+            middle = (slice(28 - cut, 36 - cut),) * 3
+            tissue.append((normalized[middle].mean(), normalized[middle].std()))
+        # means of samples of over 10^4 voxels, clipped at percentiles
+        np.testing.assert_allclose(tissue, [tissue[0]] * len(tissue), rtol=0, atol=0.1)
 
     def test_units_do_not_matter(self):
         image = body(0)[..., None]

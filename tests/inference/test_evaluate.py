@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,8 +87,12 @@ def load_from(data: Path, patch: pytest.MonkeyPatch) -> None:
         assert batch.shape[1:] == (8, 8, 8, 1)
         return np.concatenate([np.zeros_like(batch), batch - 1], axis=-1)
 
-    def load(model_dir: str | Path, data_dir: str | Path | None = None) -> SimpleNamespace:
-        folder = read_data_folder(data_dir or data)
+    def load(
+        model_dir: str | Path,
+        data_dir: str | Path | None = None,
+        allow_root: str | Path | None = None,
+    ) -> SimpleNamespace:
+        folder = read_data_folder(data_dir or data, allow_root)
         return SimpleNamespace(
             directory=Path(model_dir),
             config=SimpleNamespace(
@@ -227,8 +232,8 @@ def test_runs_are_checked_before_the_first_is_evaluated(make_run, monkeypatch):
         check_runs([])
     load = evaluate_module.load_run
 
-    def of_another(model_dir):
-        run = load(model_dir)
+    def of_another(model_dir, **places):
+        run = load(model_dir, **places)
         run.regions = Regions.exclusive([Path(model_dir).name])
         return run
 
@@ -563,8 +568,88 @@ def test_runs_to_be_compared_have_the_same_cases(make_run, monkeypatch):
     models = [make_run("one"), make_run("two"), make_run("turned")]
     each_with_other_cases(monkeypatch, {"two": ("half",), "turned": ("half", "exact")})
     check_runs([models[0], models[2]], same_cases=True)
+    with pytest.raises(InputError, match=r"two: split 'test' is of other cases.*one by one"):
+        check_runs(models, same_cases=True)
+    each_with_other_cases(monkeypatch, {"one": ("exact",), "two": ("half",)})
     with pytest.raises(InputError, match=r"two: split 'test' is of other cases.*leave out --comp"):
         check_runs(models, same_cases=True)
+
+
+def test_runs_that_share_some_cases_are_evaluated_one_by_one(make_run, monkeypatch):
+    """Neither are they folds, nor can they be set side by side; each says so."""
+    models = [make_run("one"), make_run("two")]
+    each_with_other_cases(monkeypatch, {"one": ("exact", "half"), "two": ("half",)})
+    for same_cases in (False, True):
+        with pytest.raises(InputError, match="Fix: evaluate them one by one"):
+            check_runs(models, same_cases=same_cases)
+
+
+def read_each_from(monkeypatch, folders: dict[str, Path]) -> None:
+    """Has runs that were trained on these data folders, by their own folders' names."""
+    load = evaluate_module.load_run
+
+    def of_its_own(model_dir, data_dir=None, **arguments):
+        return load(model_dir, data_dir or folders.get(Path(model_dir).name), **arguments)
+
+    monkeypatch.setattr(evaluate_module, "load_run", of_its_own)
+
+
+@pytest.mark.parametrize("change", ["finer", "corrected", "copied"])
+def test_runs_to_be_compared_have_the_same_truth(make_run, data, tmp_path, monkeypatch, change):
+    """Cases of one name in two folders: resampled, or labelled anew by someone."""
+    models, other = [make_run("one"), make_run("two")], tmp_path / "other"
+    shutil.copytree(data, other)
+    for path in other.rglob("half.nii.gz"):
+        image = nib.load(path)
+        voxels, affine = np.asarray(image.dataobj).copy(), image.affine.copy()
+        if change == "finer":
+            voxels = np.repeat(voxels, 2, axis=0)
+            affine[:, 0] /= 2
+        elif change == "corrected" and path.parent.name == "labelsTr":
+            voxels[2, 3, 2] = 0
+        nib.save(nib.Nifti1Image(voxels, affine), path)
+    read_each_from(monkeypatch, {"two": other})
+    if change == "copied":
+        check_runs(models, same_cases=True)
+        return
+    told = "half.nii.gz: shape is" if change == "finer" else "half.nii.gz: label map is another"
+    with pytest.raises(InputError, match=told):
+        check_runs(models, same_cases=True)
+    check_runs(models, same_cases=True, data_dir=data)
+    for model in models:
+        evaluate(model)
+    with pytest.raises(InputError, match=told):
+        compare(models, tmp_path / "both.html")
+    assert not (tmp_path / "both.html").exists()
+
+
+def test_a_run_without_its_history_has_no_curves(make_run):
+    directory = make_run()
+    (directory / "history.csv").unlink()
+    evaluate(directory)
+    assert (directory / "evaluation/test/report.html").exists()
+    assert (
+        evaluate_module.read_run_report(evaluate_module.load_run(directory), "test").history == {}
+    )
+
+
+def test_links_of_a_data_folder_that_has_moved(make_run, data, tmp_path):
+    store, linked = tmp_path / "store", tmp_path / "linked"
+    data.rename(store)
+    for path in [path for path in store.rglob("*") if path.is_file()]:
+        link = linked / path.relative_to(store)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            shutil.copy(path, link)
+        else:
+            link.symlink_to(path)
+    with pytest.raises(InputErrors, match="allow links out of it with --allow_root"):
+        evaluate(make_run(), data_dir=linked)
+    models = [make_run("one"), make_run("two")]
+    check_runs(models, same_cases=True, data_dir=linked, allow_root=store)
+    for model in models:
+        evaluate(model, data_dir=linked, allow_root=store)
+    compare(models, tmp_path / "both.html", data_dir=linked, allow_root=store)
 
 
 def test_runs_are_compared_where_their_data_lie_now(make_run, data, tmp_path):

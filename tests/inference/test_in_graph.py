@@ -41,6 +41,7 @@ VOLUMES = {
     "surround_of_zero": surrounded(0),
     "surround_of_another_value": surrounded(-1024),
     "surround_above": surrounded(5000),
+    "surround_on_a_third_of_the_faces": surrounded(-200)[2:10, 2:, 3:9],
     "cropped_tightly": random_volume((9, 8, 7)) * 50 + 1000,
     "one_slice": random_volume((9, 8, 1)),
     "one_voxel_differs": np.eye(1, 60, 30, dtype=np.float32).reshape(5, 4, 3, 1),

@@ -614,6 +614,34 @@ def test_what_is_left_out_may_be_nan(normalize, implementation):
 
 
 @both
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positives": [0, 1, 2, -1], "key_mask": [True, False, True, True, True]},
+        {"query_labels": [0, 9, 1, 9], "key_labels": [0, 0, 1, 1, 2]},
+    ],
+    ids=["positives", "labels"],
+)
+def test_queries_without_a_usable_positive_may_be_nan(options, normalize, implementation):
+    """Their positive is masked, or no key is of their label."""
+    queries, keys, _ = arrays(4, 5, 3)
+    queries[[1, 3]] = np.nan
+    with tf.GradientTape() as tape:
+        inputs = [tf.constant(queries), tf.constant(keys)]
+        tape.watch(inputs)
+        loss = info_nce(*inputs, normalize=normalize, implementation=implementation, **options)
+    by_queries, by_keys = tape.gradient(loss, inputs)
+    np.testing.assert_array_equal(np.take(loss, [1, 3]), 0)
+    np.testing.assert_array_equal(by_queries.numpy()[[1, 3]], 0)
+    assert np.isfinite(by_queries).all()
+    assert np.isfinite(by_keys).all()
+    assert by_queries.numpy()[[0, 2]].any(axis=1).all()
+    found = retrieval_accuracy(*inputs, normalize=normalize, **options)
+    np.testing.assert_array_equal(np.take(found, [1, 3]), 0)
+
+
+@both
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_gradients_of_float16_take_the_loss_scale(reduction, implementation):
     """They are far below what float16 holds until it is applied, as in mixed precision."""

@@ -258,7 +258,8 @@ def test_a_driver_older_than_cuda_is_told(cache, probe_sources, monkeypatch):
     monkeypatch.setattr(tf, "load_op_library", lambda path: path)
     path = fake(cache / "some.so", architectures=(80,), nvcc="Cuda release 13.0, V13.0.48")
     monkeypatch.setenv("TFMTSEG_NATIVE_OPS", str(path))
-    for driver, used in ((13, "native"), (14, "native"), (None, "native"), (12, "reference")):
+    drivers = {(13, 0): "native", (14, 1): "native", None: "native", (12, 9): "reference"}
+    for driver, used in drivers.items():
         monkeypatch.setattr(library, "_loaded", None)
         monkeypatch.setattr(library, "_driver_cuda", lambda driver=driver: driver)
         with warnings.catch_warnings(record=True) as told:
@@ -266,7 +267,25 @@ def test_a_driver_older_than_cuda_is_told(cache, probe_sources, monkeypatch):
             library.load()
         assert library.choose() == used
         assert bool(told) == (used == "reference")
-    assert "compiled by CUDA 13, and the GPU driver runs CUDA 12 at most" in str(told[0].message)
+    assert "compiled by CUDA 13.0, and the GPU driver runs CUDA 12.9 at" in str(told[0].message)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "driver", "fine"),
+    [(90, (12, 4), True), (120, (12, 8), False), (120, (12, 9), True), (120, (13, 0), True)],
+)
+def test_a_gpu_newer_than_the_kernels_needs_a_driver_of_their_cuda(monkeypatch, gpu, driver, fine):
+    """It compiles them anew, which a driver does for its own version and older ones alone."""
+    monkeypatch.setattr(library, "_driver_cuda", lambda: driver)
+    nvcc = "Cuda compilation tools, release 12.9, V12.9.41"
+    found = replace(build.here(build.source_dir()), architectures=(80, 90), nvcc=nvcc)
+    assert (library.gpu_problem(found, [gpu]) == ("", "")) == fine
+
+
+def test_kernels_for_other_gpus_are_not_said_to_run_on_the_processor():
+    found = build.here(build.source_dir())
+    assert "run on the CPU" in library.gpu_problem(found, [75])[0]
+    assert "they fail" in library.gpu_problem(replace(found, architectures=(80, 90)), [75])[0]
 
 
 def test_the_driver_says_what_it_runs(monkeypatch):
@@ -276,7 +295,7 @@ def test_the_driver_says_what_it_runs(monkeypatch):
 
     driver = SimpleNamespace(cuDriverGetVersion=answer)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
-    assert library._driver_cuda() == 12
+    assert library._driver_cuda() == (12, 4)
 
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")

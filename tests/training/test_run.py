@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +212,41 @@ def test_a_run_does_not_go_on_with_other_voxels(opened, phantoms, tmp_path):
     nib.save(nib.Nifti1Image(label, nib.load(path).affine), path)
     with pytest.raises(InputError, match=rf"data\.json: case {case} is .*, must be .*as made of"):
         train(config)
+
+
+def test_a_run_does_not_go_on_with_voxels_of_another_size(opened, phantoms, tmp_path):
+    """They have a part in how patches are turned, though the arrays are the same."""
+    run, _ = opened
+    copy, data = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(run.directory, copy)
+    shutil.copytree(phantoms, data)
+    config = settings(phantoms, copy, data_dir=str(data))
+    kept = (copy / "data.json").read_text()
+    case = run.splits.labeled[0]
+    for path in (data / f"imagesTr/{case}.nii.gz", data / f"labelsTr/{case}.nii.gz"):
+        image = nib.load(path)
+        voxels = np.asarray(image.dataobj).copy()
+        nib.save(nib.Nifti1Image(voxels, image.affine @ np.diag([1, 1, 1.5, 1])), path)
+    with pytest.raises(
+        InputError, match=rf"data\.json: case {case} is .*1 x 1 x 1 mm, must be .*1.5"
+    ):
+        train(config)
+    # A run from before sizes were kept goes on.
+    arrays = {name: files[:-1] for name, files in json.loads(kept).items()}
+    (copy / "data.json").write_text(json.dumps(arrays))
+    train(config)
+
+
+def test_regions_of_two_sides_and_mirrored_patches(phantoms, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module, "_fit", lambda *arguments: (0.0, 0.0))
+    regions = "brain=1,2,3;left kidney=2,3;right kidney=3"
+    config = settings(phantoms, tmp_path / "both", regions=regions)
+    with pytest.warns(InputWarning, match="left kidney and right kidney look like two sides"):
+        train(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InputWarning)
+        changes = {"model_dir": str(tmp_path / "one"), "flips": (False, True, True)}
+        train(dataclasses.replace(config, **changes))
 
 
 def test_negatives_of_each_replica_need_as_many_replicas(phantoms, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ is not trusted: files outside of the data folder are refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -646,11 +647,16 @@ class _BratsForm:
     labels: tuple[int, ...]
     subject_regex: str = ""
 
-    def find(self, folder: Path, ending: str) -> Path | None:
-        """A file of the case that a folder is named after, if it is there."""
+    def find(self, folder: Path, ending: str) -> list[Path]:
+        """A file of the case that a folder is named after: none, one, or one of each suffix."""
         names = [f"{folder.name}{self.separator}{ending}{suffix}" for suffix in SUFFIXES]
         paths = [folder / name for name in names]
-        return next((path for path in paths if path.is_symlink() or path.exists()), None)
+        return [path for path in paths if path.is_symlink() or path.exists()]
+
+    def is_of_another_case(self, path: Path) -> bool:
+        """Whether a file is named like one of a case, but not of that of its folder."""
+        endings = (f"{self.separator}{ending}" for ending in (*self.endings, "seg"))
+        return _stem(path).endswith(tuple(endings))
 
 
 _BRATS_MODALITIES = ("FLAIR", "T1w", "T1Gd", "T2w")  # names and order of the Decathlon
@@ -687,7 +693,15 @@ def _scan_brats(
             stacklevel=2,
         )
     form, folders = found[0], by_form[found[0]]
-    errors: list[InputError] = []
+    errors = [
+        InputError(
+            path, "name", "that of another case than of its folder",
+            f"{folder.name}{form.separator} and an ending", "rename the folder, or its files",
+        )
+        for folder in inner
+        if not any(folder in folders for folders in by_form.values())
+        for path in [path for path in _list_images(folder) if form.is_of_another_case(path)][:1]
+    ]  # fmt: skip
     if len(found) > 1:
         errors.append(
             InputError(
@@ -714,9 +728,10 @@ def _scan_brats(
     cases = []
     for folder in folders:
         images = {ending: form.find(folder, ending) for ending in form.endings}
-        label = None if images_only else form.find(folder, "seg")
-        missing = [ending for ending, path in images.items() if path is None]
-        if label is None and not images_only:
+        labels = [] if images_only else form.find(folder, "seg")
+        paths = [*images.values(), labels]
+        missing = [ending for ending, files in images.items() if not files]
+        if not labels and not images_only:
             errors += [
                 InputError(
                     path, "name", "that of a label but for its beginning",
@@ -726,8 +741,16 @@ def _scan_brats(
                 for path in _list_images(folder)
                 if "seg" in path.name.removeprefix(folder.name).casefold()
             ]  # fmt: skip
-        files, refused = _usable(root, filter(None, (*images.values(), label)))
+        files, refused = _usable(root, itertools.chain(*paths))
+        refused += [
+            InputError(
+                folder, "file", f"there as {one.name} and {other.name}", "there once",
+                "remove one of the two",
+            )
+            for one, other in (pair for pair in paths if len(pair) == 2)
+        ]  # fmt: skip
         errors += refused
+        _warn_about_other_images(folder, SUFFIXES)
         errors += [
             InputError(
                 folder, "modality", f"{ending} missing", "there, as of the other cases",
@@ -736,6 +759,7 @@ def _scan_brats(
             for ending in missing
         ]  # fmt: skip
         if not missing and not refused:
+            label = files[-1] if labels else None
             cases.append(Case(folder.name, tuple(files[: len(images)]), label))
     return (
         DataFolder(
@@ -808,6 +832,7 @@ def _files_by_stem(
     """The NIfTI files of a folder that may be read, by name without suffix."""
     files, errors = _usable(root, _list_images(root.path / folder, (suffix,)))
     description.errors.extend(errors)
+    _warn_about_other_images(root.path / folder, (suffix,))
     return {_stem(path): path for path in files}
 
 
@@ -874,9 +899,30 @@ def _list_images(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Pat
     )
 
 
+def _warn_about_other_images(folder: Path, suffixes: tuple[str, ...]) -> None:
+    """Says which images are left out for the end of their names, such as `a.NII.GZ`."""
+    if not folder.is_dir():
+        return
+    left_out = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name.casefold().endswith(SUFFIXES)
+        and not path.name.endswith(suffixes)
+        and not path.name.startswith(".")
+    )
+    if left_out:
+        warnings.warn(
+            f"{folder}: {len(left_out)} images are left out, such as {left_out[0]!a}: names have "
+            f"to end in {' or '.join(suffixes)} here.",
+            InputWarning,
+            stacklevel=2,
+        )
+
+
 def _scan_plain(root: _Root) -> tuple[DataFolder | None, list[InputError]]:
     """Images side by side; `CASE_0000`, `CASE_0001`, ... are one case's modalities."""
     files, errors = _usable(root, _list_images(root.path))
+    _warn_about_other_images(root.path, SUFFIXES)
     if not files and not errors:
         raise InputError(
             root.path, "data folder", "without dataset.json and without images",

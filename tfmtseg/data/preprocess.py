@@ -16,12 +16,13 @@ import numpy as np
 
 from tfmtseg.errors import InputWarning
 
-VERSION = 1  # raise when the code below changes its results: caches are then rebuilt
+VERSION = 2  # raise when the code below changes its results: caches are then rebuilt
 
 CLIP = 10.0  # standard deviations
 STEP = CLIP / np.iinfo(np.int16).max
 PERCENTILES = (0.5, 99.5)  # statistics do not see beyond them
 BACKGROUND_SHARE = 0.5  # of the faces' voxels
+LOWEST_SHARE = 0.01  # of all voxels; fewer hardly move the statistics
 LEAST_STD = 1e-6  # relative to the values; below lies the rounding of float32
 # What `normalize` takes at its peak beside its argument and result, of a voxel of one
 # channel: three arrays of float64.
@@ -36,6 +37,7 @@ def fingerprint() -> dict[str, Any]:
         "step": STEP,
         "percentiles": list(PERCENTILES),
         "background_share": BACKGROUND_SHARE,
+        "lowest_share": LOWEST_SHARE,
         "least_std": LEAST_STD,
     }
 
@@ -79,7 +81,9 @@ def background_value(channel: np.ndarray) -> float | None:
 
     It is the most frequent value on the six faces of the volume, provided that it
     fills more than half of them. Zero is not presumed: data normalised by someone
-    else surround the body with any constant.
+    else surround the body with any constant. Where a tighter crop leaves less of it
+    there, it is the lowest value, provided that it is more than a few voxels: cases
+    just above and just below one half are then in the same units.
 
     Args:
         channel: `(x, y, z)`, one modality.
@@ -90,7 +94,11 @@ def background_value(channel: np.ndarray) -> float | None:
     faces = [np.take(channel, (0, -1), axis=axis).ravel() for axis in range(3)]
     values, counts = np.unique(np.concatenate(faces), return_counts=True)
     most = int(np.argmax(counts))
-    return float(values[most]) if counts[most] > BACKGROUND_SHARE * counts.sum() else None
+    if counts[most] > BACKGROUND_SHARE * counts.sum():
+        return float(values[most])
+    lowest = channel.min()
+    share = np.count_nonzero(channel == lowest) / channel.size
+    return float(lowest) if share > LOWEST_SHARE else None
 
 
 def normalize(voxels: np.ndarray, name: object = "image") -> Normalized:

@@ -161,6 +161,8 @@ def _start(experiment: Experiment, run: Run, tools: Path, held: int) -> _Job:
     train = [str(tools / "train.py"), *experiment.train_flags(run, data_dir, root)]
     evaluate = [str(tools / "evaluate.py"), f"--model_dir={directory.resolve()}"]
     evaluate.append(f"--data_dir={data_dir}")
+    if experiment.settings.allow_root:
+        evaluate.append(f"--allow_root={experiment.settings.allow_root}")
     return _Job(run, [evaluate], _launch(experiment, run, train, held))
 
 

@@ -41,6 +41,7 @@ def diagnose(
     model_dir: str | os.PathLike[str],
     split: str = "development",
     data_dir: str | os.PathLike[str] | None = None,
+    allow_root: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Measures a finished run and writes `MODEL_DIR/diagnosis/SPLIT.json`.
 
@@ -53,6 +54,7 @@ def diagnose(
         model_dir: Folder of the run; a pretraining will do.
         split: `"test"` or `"development"`: the cases to measure on.
         data_dir: See `load_run`.
+        allow_root: See `load_run`.
 
     Returns:
         What is written: `contrast` with `loss`, `accuracy`, `chance` (nats) and
@@ -63,7 +65,7 @@ def diagnose(
     Raises:
         InputError: If the folder holds no finished run, or the split is empty.
     """
-    run = load_run(model_dir, segments=False, data_dir=data_dir)
+    run = load_run(model_dir, segments=False, data_dir=data_dir, allow_root=allow_root)
     labelled, held_out = cases_of(run, "labeled"), cases_of(run, split)
     known = {case.name: case for case in run.folder.cases}
     unlabelled = [known[name].without_label() for name in run.splits.unlabeled if name in known]

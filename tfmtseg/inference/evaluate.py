@@ -16,7 +16,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 from tfmtseg import compat
 from tfmtseg.data.cases import Case
-from tfmtseg.data.nifti import Geometry, read_image, read_label, write_label_map
+from tfmtseg.data.nifti import (
+    Geometry,
+    read_geometry,
+    read_image,
+    read_label,
+    write_label_map,
+)
 from tfmtseg.errors import InputError, InputErrors, InputWarning
 from tfmtseg.files import read_rows, write_json, write_rows
 from tfmtseg.inference.predict import (
@@ -47,6 +53,7 @@ def evaluate(
     flips: bool = False,
     surface_tolerance_mm: float = SURFACE_TOLERANCE_MM,
     data_dir: str | os.PathLike[str] | None = None,
+    allow_root: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Segments and scores every case of a split; see the module for what is written.
 
@@ -60,6 +67,7 @@ def evaluate(
         flips: See `predict_volume`.
         surface_tolerance_mm: See `score_case`.
         data_dir: See `load_run`.
+        allow_root: See `load_run`.
 
     Returns:
         The content of `summary.json`.
@@ -74,7 +82,7 @@ def evaluate(
             "--surface_tolerance_mm", "value", surface_tolerance_mm, "a length of 0 mm or more",
             f"choose {SURFACE_TOLERANCE_MM:g}",
         )  # fmt: skip
-    run = load_run(model_dir, data_dir=data_dir)
+    run = load_run(model_dir, data_dir=data_dir, allow_root=allow_root)
     cases = cases_of(run, split)
     labelled = cases_of(run, "labeled")
     geometries = check_headers([*cases, *labelled], len(run.modalities))
@@ -121,7 +129,11 @@ def evaluate(
 
 
 def check_runs(
-    model_dirs: Sequence[str | os.PathLike[str]], split: str = "test", same_cases: bool = False
+    model_dirs: Sequence[str | os.PathLike[str]],
+    split: str = "test",
+    same_cases: bool = False,
+    data_dir: str | os.PathLike[str] | None = None,
+    allow_root: str | os.PathLike[str] | None = None,
 ) -> None:
     """Makes sure that runs can be evaluated together, before the first one is.
 
@@ -130,6 +142,8 @@ def check_runs(
         split: The split they are to be evaluated on.
         same_cases: Whether they have the same cases, as `compare` wants it, or no case in
             common, as `summarize_runs` wants it.
+        data_dir: See `load_run`.
+        allow_root: See `load_run`.
 
     Raises:
         InputError: If there is none, one is named twice or cannot be used, they segment
@@ -145,7 +159,7 @@ def check_runs(
     first: Run | None = None
     whose: dict[str, Path] = {}
     for model_dir in model_dirs:
-        run = load_run(model_dir)
+        run = load_run(model_dir, data_dir=data_dir, allow_root=allow_root)
         first = first or run
         if run.regions != first.regions:
             raise InputError(
@@ -153,26 +167,50 @@ def check_runs(
                 f"{', '.join(first.regions.names)}, as of {first.directory}",
                 "evaluate them one by one",
             )  # fmt: skip
-        cases = getattr(run.splits, split)
-        if same_cases and sorted(cases) != sorted(getattr(first.splits, split)):
-            raise InputError(
-                run.directory, f"split '{split}'", "of other cases",
-                f"of those of {first.directory}, to be compared", "leave out --comparison",
-            )  # fmt: skip
+        cases, of_first = getattr(run.splits, split), getattr(first.splits, split)
         if not same_cases:
             _check_apart(run.directory, cases, whose)
+        elif set(cases) != set(of_first):
+            raise InputError(
+                run.directory, f"split '{split}'", "of other cases",
+                f"of those of {first.directory}, to be compared",
+                _ONE_BY_ONE if set(cases) & set(of_first) else "leave out --comparison",
+            )  # fmt: skip
+        elif run is not first:
+            _check_same_truth(first, run, split)
 
 
-def _check_apart(directory: Path, cases: Iterable[str], whose: dict[str, Path]) -> None:
+_ONE_BY_ONE = "evaluate them one by one"
+
+
+def _check_apart(directory: Path, cases: Sequence[str], whose: dict[str, Path]) -> None:
     """Makes sure that no case counts twice; adds them to `whose`."""
     for case in cases:
         if case in whose:
+            of_other = {name for name, run in whose.items() if run == whose[case]}
+            side_by_side = "set runs of the same cases side by side with --comparison=FILE.html"
             raise InputError(
                 directory, f"case {case}", f"one of {whose[case]} too",
                 "of one run, as all cases together are those of folds",
-                "set runs of the same cases side by side with --comparison=FILE.html",
+                side_by_side if of_other == set(cases) else _ONE_BY_ONE,
             )  # fmt: skip
         whose[case] = directory
+
+
+def _check_same_truth(first: Run, run: Run, split: str) -> None:
+    """Makes sure that cases of equal names are the same in two runs' data folders."""
+    if first.folder.root.resolve() == run.folder.root.resolve():
+        return
+    others = {case.name: case for case in cases_of(first, split)}
+    for case in cases_of(run, split):
+        other = others[case.name]
+        like = read_geometry(other.images[0])
+        geometry = read_geometry(case.images[0], like=like, image=other.images[0])
+        if np.any(_read_truth(run, case, geometry) != _read_truth(first, other, like)):
+            raise InputError(
+                case.label, "label map", "another", f"that of {other.label}, to be compared",
+                _ONE_BY_ONE,
+            )  # fmt: skip
 
 
 def summarize_runs(
@@ -208,6 +246,7 @@ def compare(
     path: str | os.PathLike[str],
     split: str = "test",
     data_dir: str | os.PathLike[str] | None = None,
+    allow_root: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes one report about several evaluated runs.
 
@@ -218,12 +257,15 @@ def compare(
         path: The HTML file.
         split: The split they were evaluated on.
         data_dir: See `load_run`.
+        allow_root: See `load_run`.
 
     Raises:
-        InputError: If a run was not evaluated, or on other regions or cases, or otherwise
-            than the first.
+        InputError: If a run was not evaluated, or on other regions, cases or labels, or
+            otherwise than the first.
     """
-    runs = [load_run(model_dir, data_dir=data_dir) for model_dir in model_dirs]
+    runs = [
+        load_run(model_dir, data_dir=data_dir, allow_root=allow_root) for model_dir in model_dirs
+    ]
     names = [run.config.method for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.directory) for run in runs]
@@ -235,6 +277,7 @@ def compare(
                 run.directory, "evaluation", "of other regions or cases",
                 f"of those of {runs[0].directory}", "compare runs with the same split",
             )  # fmt: skip
+        _check_same_truth(runs[0], run, split)
     _check_alike(model_dirs, [report.summary for report in reports])
     write_report(path, reports)
 
@@ -347,8 +390,8 @@ def _write_metrics(path: Path, scores: Sequence[CaseScores]) -> None:
 
 
 def _read_history(path: Path) -> dict[str, np.ndarray]:
-    """Columns of numbers; an empty cell is NaN."""
-    rows = read_rows(path)
+    """Columns of numbers, none of a run without its history; an empty cell is NaN."""
+    rows = read_rows(path) if path.exists() else []
     if not rows:
         return {}
     return {

@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from tfmtseg.data.preprocess import BACKGROUND_SHARE, CLIP, LEAST_STD, PERCENTILES, STEP
+from tfmtseg.data.preprocess import (
+    BACKGROUND_SHARE,
+    CLIP,
+    LEAST_STD,
+    LOWEST_SHARE,
+    PERCENTILES,
+    STEP,
+)
 from tfmtseg.inference.sliding_window import gaussian_window, window_step
 from tfmtseg.regions import Regions
 
@@ -37,8 +44,11 @@ def _normalize_channel(channel: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     found, _, counts = tf.unique_with_counts(faces)
     most = tf.argmax(counts)
     least = BACKGROUND_SHARE * tf.cast(tf.size(faces), tf.float64)
-    has_surround = tf.cast(counts[most], tf.float64) > least
-    surround = found[most]
+    on_faces = tf.cast(counts[most], tf.float64) > least
+    lowest = tf.reduce_min(channel)
+    share = tf.reduce_mean(tf.cast(channel == lowest, tf.float64))
+    has_surround = on_faces | (share > LOWEST_SHARE)
+    surround = tf.where(on_faces, found[most], lowest)
     foreground = tf.boolean_mask(channel, channel != tf.where(has_surround, surround, 0.0))
     foreground = tf.cond(tf.size(foreground) > 0, lambda: _clip(foreground), lambda: foreground)
     # Comparisons with the NaN of an empty foreground do not hold.
@@ -47,7 +57,7 @@ def _normalize_channel(channel: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     mean = tf.where(varies, mean, all_mean)
     std = tf.where(varies, std, all_std)
     constant = ~(varies | all_vary)
-    padding = tf.where(has_surround, surround, tf.reduce_min(channel))
+    padding = tf.where(has_surround, surround, lowest)
 
     def scaled(values: tf.Tensor) -> tf.Tensor:
         steps = tf.round(tf.clip_by_value((values - mean) / std, -CLIP, CLIP) / STEP)

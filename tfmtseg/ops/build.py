@@ -152,10 +152,15 @@ def serves(architectures: Sequence[int], gpus: Sequence[int]) -> bool:
     """
     newest = max(architectures, default=0)
     return all(
-        any(built // 10 == gpu // 10 and built <= gpu for built in architectures)
+        has_code(architectures, gpu)
         or (0 < newest <= gpu and (newest >= TENSOR_CORES or gpu < TENSOR_CORES))
         for gpu in gpus
     )
+
+
+def has_code(architectures: Sequence[int], gpu: int) -> bool:
+    """Whether kernels built for these GPUs run on another as they are, not compiled anew."""
+    return any(built // 10 == gpu // 10 and built <= gpu for built in architectures)
 
 
 def here(sources: Path) -> Record:

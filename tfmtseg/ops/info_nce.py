@@ -294,14 +294,28 @@ def _normalized(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Rows of length 1, in float32.
 
-    What is left out may be NaN, and the gradient by it is 0; the norm would make it NaN.
+    What is left out may be NaN, and the gradient by it is 0.
     """
     queries, keys = tf.cast(queries, tf.float32), tf.cast(keys, tf.float32)
-    if candidates.key_labels is None:
-        queries = tf.where(candidates.positives[:, None] >= 0, queries, 0.0)
     if candidates.key_mask is not None:
         keys = tf.where(candidates.key_mask[:, None], keys, 0.0)
-    return tf.math.l2_normalize(queries, axis=-1), tf.math.l2_normalize(keys, axis=-1)
+    return _unit(queries), _unit(keys)
+
+
+@tf.custom_gradient
+def _unit(rows: tf.Tensor) -> Any:
+    """`tf.math.l2_normalize`, but rows whose result has gradient 0 have gradient 0, also NaN."""
+    least = 1e-12
+    unit = tf.math.l2_normalize(rows, axis=-1, epsilon=least)
+
+    def gradient(upstream: tf.Tensor) -> tf.Tensor:
+        squares = tf.reduce_sum(tf.square(rows), -1, keepdims=True)
+        along = tf.reduce_sum(upstream * unit, -1, keepdims=True)
+        across = upstream - tf.where(squares >= least, along, 0.0) * unit
+        result = across * tf.math.rsqrt(tf.maximum(squares, least))
+        return tf.where(tf.reduce_any(upstream != 0, -1, keepdims=True), result, 0.0)
+
+    return unit, gradient
 
 
 def _vector(name: str, values: Any, rows: tf.Tensor, dtype: tf.DType) -> tf.Tensor:

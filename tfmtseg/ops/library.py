@@ -209,29 +209,36 @@ def gpu_problem(found: Record, gpus: Sequence[int]) -> tuple[str, str]:
             "it has no kernels for a GPU that is here (compute capability times 10: "
             f"{', '.join(map(str, gpus))}; built for "
             f"{', '.join(map(str, found.architectures)) or 'none'}), and plain TensorFlow takes "
-            "the place of the native ops, or they run on the CPU where they are asked for",
+            "the place of the native ops; where they are asked for, they "
+            f"{'fail' if found.architectures else 'run on the CPU'}",
             "run python -m tfmtseg.ops.build --cuda, which needs nvcc, and a GPU of "
             f"{build.OLDEST_ARCHITECTURE} or newer",
         )
-    needed = re.search(r"release (\d+)\.", found.nvcc)
-    driver = _driver_cuda() if gpus and needed else None
-    if needed and driver is not None and driver < int(needed[1]):
-        return (
-            f"it was compiled by CUDA {needed[1]}, and the GPU driver runs CUDA {driver} at most: "
-            "plain TensorFlow takes the place of the native ops",
-            f"update the driver, or build the library with nvcc of CUDA {driver}",
-        )
+    release = re.search(r"release (\d+)\.(\d+)", found.nvcc)
+    driver = _driver_cuda() if gpus and release else None
+    if release and driver is not None:
+        # Code for a GPU runs with older drivers of the same first number. What a driver has to
+        # compile for a newer GPU (PTX) does not.
+        compiled = int(release[1]), int(release[2])
+        has_code = all(build.has_code(found.architectures, gpu) for gpu in gpus)
+        if driver[0] < compiled[0] or (driver < compiled and not has_code):
+            versions = [".".join(map(str, version)) for version in (compiled, driver)]
+            return (
+                f"it was compiled by CUDA {versions[0]}, and the GPU driver runs CUDA "
+                f"{versions[1]} at most: plain TensorFlow takes the place of the native ops",
+                f"update the driver, or build the library with nvcc of CUDA {versions[1]}",
+            )
     return "", ""
 
 
-def _driver_cuda() -> int | None:
-    """The first number of the newest CUDA version that the GPU driver runs, if there is one."""
+def _driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA version that the GPU driver runs, if there is one."""
     version = ctypes.c_int()
     try:
         status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
         return None
-    return None if status else version.value // 1000
+    return None if status else (version.value // 1000, version.value % 1000 // 10)
 
 
 def _load_own(

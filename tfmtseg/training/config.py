@@ -141,7 +141,9 @@ class TrainConfig:
     elastic_voxels: float = _setting(0.7, "Strength of elastic deformation.")
     elastic_probability: float = _setting(0.3, "Fraction of patches deformed elastically.")
     flips: tuple[bool, bool, bool] = _setting(
-        (True, True, True), "Whether x, y, z may be mirrored. Off where anatomy has one side."
+        (True, True, True),
+        "Whether x, y, z may be mirrored. Off where anatomy has one side; x, left to right, also "
+        "where regions are told apart by side.",
     )
     gamma: float = _setting(1.5, "Largest exponent of the intensity curve.")
     gain: float = _setting(0.1, "Largest relative change of contrast.")

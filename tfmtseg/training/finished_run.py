@@ -96,6 +96,7 @@ def load_run(
     segments: bool = True,
     data_dir: str | os.PathLike[str] | None = None,
     precision: str | None = None,
+    allow_root: str | os.PathLike[str] | None = None,
 ) -> Run:
     """Reads a finished run from its folder.
 
@@ -104,6 +105,8 @@ def load_run(
         segments: Whether the model has to segment, which a pretraining's does not.
         data_dir: Where the data folder lies now; by default where it lay in the training.
         precision: What the model computes in; by default as in the training.
+        allow_root: Another folder that links in the data folder may lead into now; by default
+            that of the training.
 
     Raises:
         InputError: If the folder holds no run, one that is not finished, or a
@@ -120,6 +123,8 @@ def load_run(
     config = TrainConfig.from_mapping(read_settings(path), str(path))
     if data_dir:
         config = dataclasses.replace(config, data_dir=os.fspath(data_dir))
+    if allow_root:
+        config = dataclasses.replace(config, allow_root=os.fspath(allow_root))
     spacing_mm = read_description(directory).get("spacing_mm")
     return Run(
         directory,

@@ -5,7 +5,7 @@ A run's folder holds
     config.yaml       all settings, with what was chosen automatically
     model.json        arguments of the model, names of the modalities
     splits/           labeled.txt, unlabeled.txt, development.txt, test.txt
-    data.json         by case, the files of the cache, which are named after their content
+    data.json         by case, the files of the cache, named after their content, and voxels' sizes
     origins.json      what the weights learn from, and what those they begin with have
     checkpoints/      for going on after a break
     history.csv       losses and scores
@@ -136,6 +136,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
         config.check()
         spacing_mm = _median_spacing(geometries)
         claim_folder(config, directory, folder, splits, records)
+        if config.flips[0] and folder.regions and (pair := folder.regions.mirror_pair):
+            warnings.warn(
+                f"--flips mirrors left and right, and {pair[0]} and {pair[1]} look like two sides "
+                "of one thing: a mirrored patch shows each as the other. Where that is so, repeat "
+                "with --flips=false,true,true and another --model_dir.",
+                InputWarning,
+                stacklevel=2,
+            )
         if splits.labeled and config.uses_unlabelled:
             count = len(splits.labeled)  # these come first
             of_cases = zip(splits.unlabeled, geometries[count:], strict=True)

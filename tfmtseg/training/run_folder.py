@@ -38,10 +38,20 @@ def as_begun(config: TrainConfig, directory: Path) -> TrainConfig:
 
 
 def arrays_of(records: tuple[list[Record], list[Record], list[Record]]) -> dict[str, list[str]]:
-    """Of every case, the arrays that are trained on or watched; their names tell the content."""
+    """Of every case, what is trained on or watched: arrays, whose names tell their content.
+
+    Voxels' sizes come last; they have a part in how patches are turned and deformed.
+    """
     labelled, unlabelled, development = records
     every = (*unlabelled, *labelled, *development)  # with the label, where there is one
-    return {record.name: sorted(record.files.values()) for record in every}
+    sizes = {
+        record.name: " x ".join(f"{length:.6g}" for length in record.geometry.spacing_mm)
+        for record in every
+    }
+    return {
+        record.name: [*sorted(record.files.values()), f"voxels of {sizes[record.name]} mm"]
+        for record in every
+    }
 
 
 def claim_folder(
@@ -92,7 +102,8 @@ def claim_folder(
     files_before = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else {}
     files = arrays_of(records)
     for case, before_files in files_before.items():
-        if files[case] != before_files:
+        # Without sizes, which come last, in a run from before they were kept.
+        if files[case][: len(before_files)] != before_files:
             raise InputError(
                 data_file, f"case {case}", ", ".join(before_files),
                 f"{', '.join(files[case])}, as made of the data now",
