@@ -149,6 +149,15 @@ def weights_of(layer: keras.layers.Layer) -> list[Any]:
     return [w for part in parts for w in (*part._trainable_weights, *part._non_trainable_weights)]
 
 
+def layers_of(model: keras.Model) -> list[keras.layers.Layer]:
+    """All layers inside a model, at any depth, each before those inside it."""
+    return [
+        layer
+        for layer in model._flatten_layers(include_self=False)
+        if not isinstance(layer, keras.metrics.Metric)  # layers too in Keras 2
+    ]
+
+
 def optimizer_variables(optimizer: keras.optimizers.Optimizer) -> list[tf.Variable]:
     """All that an optimizer has to go on with, the loss scale of float16 included."""
     variables = tensorflow_variables(optimizer.variables)

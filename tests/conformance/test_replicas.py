@@ -67,6 +67,12 @@ class Trainee:
             self.model.optimizer.build(self.model.trainable_variables)
         self.start = self.model.get_weights()
 
+    def place(self, parts: list) -> tuple:
+        """Data of which each replica has its part."""
+        return self.strategy.experimental_distribute_values_from_function(
+            lambda context: tuple(map(tf.constant, parts[context.replica_id_in_sync_group]))
+        )
+
     def step(self, parts: list, training: bool) -> tuple[list[np.ndarray], dict[str, float]]:
         """Gradients, with what the teacher became, and what is shown."""
         model = self.model
@@ -74,10 +80,8 @@ class Trainee:
         model.optimizer.iterations.assign(UPDATES)
         for metric in model.metrics:
             metric.reset_state()
-        data = self.strategy.experimental_distribute_values_from_function(
-            lambda context: tuple(map(tf.constant, parts[context.replica_id_in_sync_group]))
-        )
-        self.strategy.run(model.train_step if training else model.test_step, args=(data,))
+        update = model.train_step if training else model.test_step
+        self.strategy.run(update, args=(self.place(parts),))
         shown = {}
         for metric in model.metrics:
             result = metric.result()
@@ -119,6 +123,19 @@ def compare(pair, labeled, shares, training=True):
 def test_one_and_two_replicas(pair, training):
     """Gradients, losses, scores, dropout and all else that is random."""
     compare(pair, *UNEVEN, training)
+
+
+def test_metrics_of_the_user(mirrored):
+    """Those of `compile(metrics=...)` are of labelled volumes, though one replica has none."""
+    trainee = Trainee(mirrored, method="encdec")
+    with mirrored.scope():
+        metric = keras.metrics.SparseCategoricalAccuracy(name="acc")
+        trainee.model.compile(Keep(0.1), metrics=[metric])
+    data = volumes([1, 1, 0, 0])
+    parts = [[part[rows] for part in data] for rows in ([0, 1], [2, 3])]
+    mirrored.run(trainee.model.test_step, args=(trainee.place(parts),))
+    found = trainee.model(data[0][:2]).numpy().argmax(-1)
+    assert float(metric.result()) == pytest.approx(np.mean(found == data[1][:2]), rel=1e-6)
 
 
 @pytest.fixture(scope="module", params=["repaired", "classes"])

@@ -32,6 +32,17 @@ def test_exclusive_regions_by_hand():
     np.testing.assert_allclose(result, [0.5 * dice + 0.5 * np.log(2)], rtol=1e-6)
 
 
+def test_labels_may_have_a_channel_axis():
+    """Of a cubic volume and one class it would be broadcast to one value for each slice."""
+    random = np.random.default_rng(0)
+    labels = random.integers(2, size=(2, 4, 4, 4))
+    logits = random.normal(size=(2, 4, 4, 4, 2)).astype(np.float32)
+    loss = SegmentationLoss(Regions.exclusive(["a"]))
+    found = loss(labels[..., None], logits)
+    assert found.shape == (2,)
+    np.testing.assert_array_equal(found, loss(labels, logits))
+
+
 def test_three_classes_by_hand():
     loss = SegmentationLoss(Regions.exclusive(["a", "b"]))
     logits = logits_of([0.5, 0.25, 0.25], [0.1, 0.8, 0.1])

@@ -161,6 +161,8 @@ def test_xla_is_off(method):
         # One voxel would become eight on the way up, and labels would be broadcast.
         ((tf.zeros((1, 16, 16, 1, 1)), tf.zeros((1, 16, 16, 1))), r"images: size is \(16, 16, 1\)"),
         ((tf.zeros((1, 20, 16, 16, 1)), tf.zeros((1, 20, 16, 16))), "images: size is .*multiples"),
+        ((tf.zeros((2, *CROP, 1)), tf.zeros((2, *CROP)), tf.ones((2, 2))), "labeled: shape is"),
+        ((tf.zeros((2, *CROP, 1)), tf.zeros((2, *CROP)), tf.ones((2, *CROP))), "labeled: shape"),
     ],
 )
 def test_bad_elements(model, data, message):
@@ -169,6 +171,23 @@ def test_bad_elements(model, data, message):
     if message.startswith("images"):
         with pytest.raises(ValueError, match=message):
             model(data[0])
+
+
+@pytest.mark.parametrize("value", [0.5, 2.0, -1.0, np.nan])
+def test_flags_are_no_weights(model, value):
+    images, labels, labeled = batch([1, 1])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="labeled: must be 1 or 0"):
+        model.test_step((images, labels, labeled * [1.0, value]))
+
+
+def test_sizes_that_a_graph_does_not_know_are_checked_in_it(model):
+    """One slice would come out as eight."""
+    call = tf.function(model, [tf.TensorSpec((None,) * 4 + (1,))], autograph=False)
+    images = batch([1])[0]
+    np.testing.assert_allclose(call(images), model(images), atol=1e-4)
+    for part in (images[..., :1, :], images[:, :4]):
+        with pytest.raises(tf.errors.InvalidArgumentError, match="images: size must be multiples"):
+            call(part)
 
 
 def test_unlabelled_volumes_never_change_the_segmentation(model, start):
@@ -267,6 +286,24 @@ def test_dropout_follows_seed_and_step(model):
     assert np.abs(first - logits(False)).max() > 1e-3
     assert first.dtype == np.float32
     assert first.shape == (1, *CROP, 3)
+
+
+def test_dropout_changes_from_call_to_call_in_a_loop_of_ones_own():
+    """A model that is not compiled counts no updates: one mask would hold for ever."""
+    model, images = make("encdec"), batch([1])[0]
+    model.build((None, *CROP, 1))
+    outer = keras.Sequential([keras.layers.InputLayer((*CROP, 1)), model])
+
+    def calls(layer) -> list[np.ndarray]:
+        keras.utils.set_random_seed(5)
+        call = tf.function(lambda values: layer(values, training=True))
+        return [call(images).numpy() for _ in range(2)]
+
+    for layer in (model, outer):
+        first, second = calls(layer)
+        assert np.abs(first - second).max() > 1e-3
+        np.testing.assert_array_equal([first, second], calls(layer))
+        np.testing.assert_array_equal(layer(images), layer(images))
 
 
 @pytest.mark.parametrize("form", ["repaired", "paper"])
@@ -409,6 +446,19 @@ def test_shown_losses_are_means_over_volumes(model):
     assert float(together["loss"]) == pytest.approx(loss)
 
 
+def test_metrics_of_the_user_are_of_labelled_volumes():
+    """Whether a batch has any or not: what the labels of others hold must not count."""
+    images, labels, labeled = batch([1, 1, 0, 0])
+    model = make("encdec")
+    model.build((None, *CROP, 1))
+    metric = keras.metrics.SparseCategoricalAccuracy(name="acc")
+    model.compile(metrics=[metric], run_eagerly=True)
+    data = tf.data.Dataset.from_tensor_slices((images, labels, labeled))
+    found = [model.evaluate(data.batch(n), verbose=0, return_dict=True)["acc"] for n in (4, 1)]
+    expected = np.mean(model(images[:2]).numpy().argmax(-1) == labels[:2])
+    assert found == pytest.approx([expected] * 2, rel=1e-6)
+
+
 @pytest.mark.parametrize("value", [3, 255])
 def test_labels_without_a_region_are_refused(value):
     """A mask of 0 and 255 would be learned as background throughout, with a Dice score of 1."""
@@ -467,3 +517,46 @@ def test_freezing_and_back(kwargs):
     assert (again.name, again.trainable, again.trainable_weights) == (model.name, False, [])
     model.trainable = True
     assert list(map(id, model.trainable_weights)) == before
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"method": "bcp"}, {"method": "cpcseg", "pretraining": True}], ids=str
+)
+def test_parts_set_trainable_one_by_one(kwargs):
+    """As is usual before fine-tuning; what the method leaves as it is stays so."""
+    model = compiled(**kwargs)
+    before = list(map(id, model.trainable_weights))
+    for layer in model.layers:
+        layer.trainable = True
+    model.compile()
+    assert list(map(id, model.trainable_weights)) == before
+
+
+def test_frozen_layers_stay_frozen_in_a_file(tmp_path):
+    model = compiled("bcp", optimizer=keras.optimizers.Adam(0.01))
+    model.encoder.trainable = False
+    compat.layers_of(model.decoder)[0].trainable = False
+    model.compile(keras.optimizers.Adam(0.01))
+    model.train_step(batch([1, 1]))
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    assert not again.encoder.trainable
+    frozen = [[w.trainable for w in compat.weights_of(m)] for m in (model, again)]
+    shapes = [[w.shape for w in m.trainable_weights] for m in (model, again)]
+    assert frozen[0] == frozen[1]
+    assert shapes[0] == shapes[1]
+    assert int(again.optimizer.iterations) == 1
+    (one, before, after), (other, *_) = (one_step(m, batch([1, 1])) for m in (again, model))
+    assert moved(before, after) == {"decoder", "head"}
+    assert one == pytest.approx(other, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*has not yet been built")
+def test_a_model_that_is_not_built_survives_files(tmp_path):
+    model = make("encdec")
+    model.compile(keras.optimizers.Adam(0.01), run_eagerly=True)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    again.run_eagerly = True
+    history = again.fit(dataset(None, 1), verbose=0, shuffle=False).history
+    assert np.isfinite(history["loss"]).all()

@@ -99,6 +99,23 @@ def test_updates_as_those_of_keras():
         np.testing.assert_allclose(one, other, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", [AdamW, Ranger])
+@pytest.mark.parametrize("averaging", ["ema", "swa", "none"])
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_weight_without_a_gradient_stays(kind, averaging):
+    """As a layer that is not part of the loss: it has no average to be replaced by."""
+    optimizer = kind(0.01, averaging=averaging)
+    variables = weights()
+    optimizer.build(variables)
+    for step in range(3):
+        gradient = tf.constant(gradients(step)[0], tf.float32)
+        optimizer.apply_gradients([(gradient, variables[0]), (None, variables[1])])
+    optimizer.finalize_variable_values(variables)
+    kernel, bias = (tf.convert_to_tensor(variable).numpy() for variable in variables)
+    assert np.abs(kernel - START["kernel"]).max() > 1e-3
+    np.testing.assert_array_equal(bias, START["bias"].astype(np.float32))
+
+
 STEPS = 20  # the second moment counts from the 6th update on, weights look back at 6, 12, 18
 
 

@@ -95,7 +95,8 @@ def draw_displacements(
 ) -> tf.Tensor:
     """Where, relative to a patch's centre, each of its voxels takes its value from.
 
-    Rotations turn the patch in millimetres, so that thick slices stay what they are.
+    Rotations turn the patch in millimetres, so that thick slices are not turned out of their
+    plane. Place and zoom do mix neighbouring ones: whole slices were tried, and gained nothing.
 
     Args:
         augmentation: Strengths.

@@ -74,7 +74,7 @@ class SegmentationLoss(keras.losses.Loss):
             reduction is given.
 
     Call arguments:
-        y_true: Integer label map, `(batch, x, y, z)`.
+        y_true: Integer label map, `(batch, x, y, z)` or `(batch, x, y, z, 1)`.
         y_pred: Logits, `(batch, x, y, z, outputs)`.
         voxel_weights: How much each voxel counts, `(batch, x, y, z)`, or None for all
             alike; only `call` takes it. The loss of a volume without any weight is 0.
@@ -95,7 +95,10 @@ class SegmentationLoss(keras.losses.Loss):
     ) -> tf.Tensor:
         """See the class."""
         logits = tf.split(tf.cast(y_pred, tf.float32), self.regions.head_sizes, axis=-1)
-        targets = one_hot_heads(tf.cast(y_true, tf.int32), self.regions)
+        labels = tf.cast(y_true, tf.int32)
+        if labels.shape.rank == 5:
+            labels = tf.squeeze(labels, -1)
+        targets = one_hot_heads(labels, self.regions)
         losses = []
         for head_targets, head_logits in zip(targets, logits, strict=True):
             log_probabilities = tf.nn.log_softmax(head_logits)

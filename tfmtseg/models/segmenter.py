@@ -97,7 +97,8 @@ class Segmenter(compat.Model):
     Call arguments:
         images: `(batch, x, y, z, modalities)`; each spatial size a multiple of the
             product of the strides (8 by default).
-        training: Whether dropout is on.
+        training: Whether dropout is on. A model that is not compiled, as in a loop of one's
+            own, takes its masks from TensorFlow's generator (`keras.utils.set_random_seed`).
 
     Returns:
         Logits, `(batch, x, y, z, regions.num_outputs)`, float32.
@@ -313,6 +314,8 @@ class Segmenter(compat.Model):
             )
         kwargs["jit_compile"] = False  # Keras 3's own choice may be True
         super().compile(optimizer=optimizer, **kwargs)
+        if self.built:  # parts may have been set trainable one by one
+            self._freeze()
         scaled = getattr(self.optimizer, "inner_optimizer", self.optimizer)  # of float16
         accumulated = getattr(scaled, "gradient_accumulation_steps", None)
         if accumulated is not None:
@@ -324,21 +327,34 @@ class Segmenter(compat.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """See the class."""
-        self._check_size(images)
-        levels = self.encoder(images, seed=self._seed(0) if training else None)
+        images = self._check_size(images)
+        levels = self.encoder(images, seed=self._call_seed() if training else None)
         features = self._branch_features(levels)
         return self._logits(self.decoder(levels), features)
 
-    def _check_size(self, images: tf.Tensor) -> None:
-        """Refuses sizes that the levels cannot halve; of one voxel, they would grow."""
+    def _check_size(self, images: tf.Tensor) -> tf.Tensor:
+        """The images, if of a size that the levels can halve; of one voxel, they would grow."""
         totals = np.prod(self.encoder.strides, axis=0).tolist()
         sizes = images.shape[1:4]
+        rule = (
+            f"must be multiples of {tuple(totals)}, the product of the strides. Fix: pad or crop "
+            "them, or choose other strides."
+        )
         known = [pair for pair in zip(sizes, totals, strict=True) if pair[0] is not None]
         if any(size % total for size, total in known):
-            raise ValueError(
-                f"images: size is {tuple(sizes)}, must be multiples of {tuple(totals)}, the "
-                "product of the strides. Fix: pad or crop them, or choose other strides."
-            )
+            raise ValueError(f"images: size is {tuple(sizes)}, {rule}")
+        if len(known) == len(totals):
+            return images
+        rest = tf.shape(images)[1:4] % totals
+        check = tf.debugging.assert_equal(rest, 0, f"images: size {rule}")
+        with tf.control_dependencies([check] if check is not None else []):
+            return tf.identity(images)
+
+    def _call_seed(self) -> Seed:
+        """For a call that is no step of our own `fit`, which counts updates."""
+        if getattr(self, "optimizer", None) is not None:
+            return self._seed(0)
+        return Seed(tf.random.uniform((2,), maxval=np.iinfo(np.int32).max, dtype=tf.int32))
 
     def _branch_features(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
         return None if self.branch is None else self.branch.features(levels)
@@ -378,7 +394,7 @@ class Segmenter(compat.Model):
             metrics need, and how many volumes of the global batch each shown mean is over.
         """
         images, labels, labeled = unpack(data)
-        self._check_size(images)
+        images = self._check_size(images)
         if not self.built:  # `fit` on a new model comes here before any call
             self.build(images.shape)
         if self.pretraining:
@@ -551,6 +567,9 @@ class Segmenter(compat.Model):
             getattr(self, f"{name}_tracker").update_state(value, sample_weight=counts[name])
         if not self.pretraining:
             self.dice.update_state(metrics["y"], metrics["y_pred"], metrics["sample_weight"])
+            # Those of the user's `compile(metrics=...)` know of no weights.
+            counted = metrics["sample_weight"] > 0
+            metrics = {name: tf.boolean_mask(part, counted) for name, part in metrics.items()}
         return compat.step_results(dict(self.compute_metrics(**metrics)))
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -661,17 +680,24 @@ class Segmenter(compat.Model):
     # its own `compile_from_config` with a `compile` of ours.
 
     def get_build_config(self) -> dict[str, Any] | None:
-        """What `build` was given, None before."""
-        return {"input_shape": self._built_for} if self.built else None
+        """What `build` was given, and which layers are frozen; None before."""
+        if not self.built:
+            return None
+        trainable = [bool(layer.trainable) for layer in compat.layers_of(self)]
+        return {"input_shape": self._built_for, "trainable": trainable}
 
     def build_from_config(self, config: Mapping[str, Any]) -> None:
         """Makes the weights of a model from a file."""
         self.build(config["input_shape"])
+        if "trainable" in config:  # not in files from before it was kept
+            for layer, value in zip(compat.layers_of(self), config["trainable"], strict=True):
+                layer.trainable = value
 
     def compile_from_config(self, config: Mapping[str, Any]) -> None:
         """Compiles a model from a file as it was when it was saved."""
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
 
 
 def _overflow_of_any(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | None]:

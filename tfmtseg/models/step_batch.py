@@ -33,8 +33,21 @@ def unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         )
     labeled = data[2] if len(data) == 3 else None
     if labeled is None:  # as `train_on_batch` of Keras 3 gives it
-        labeled = tf.ones(tf.shape(images)[:1])
-    return images, labels, tf.reshape(tf.cast(labeled, tf.float32), [-1]) > 0
+        return images, labels, tf.ones(tf.shape(images)[:1], tf.bool)
+    labeled = tf.cast(labeled, tf.float32)
+    if not any(labeled.shape.is_compatible_with(shape) for shape in ([None], [None, 1])):
+        raise ValueError(
+            f"labeled: shape is {labeled.shape}, must be (batch,). Fix: give one flag for each "
+            "volume; weights of voxels are not supported."
+        )
+    labeled = tf.reshape(labeled, [-1])
+    message = (
+        "labeled: must be 1 or 0 for each volume. Fix: give flags; weights of volumes are not "
+        "supported."
+    )
+    check = tf.debugging.assert_equal(labeled * (labeled - 1.0), 0.0, message)
+    with tf.control_dependencies([check] if check is not None else []):
+        return images, labels, labeled > 0
 
 
 def stand_in(

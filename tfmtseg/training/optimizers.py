@@ -168,9 +168,13 @@ class AdamW(keras.optimizers.Adam):
 
     def finalize_variable_values(self, var_list: Any) -> None:
         """Replaces the weights by their averages, where there are any."""
-        if self.averaging != "none":
-            for variable, average in zip(var_list, self._averages, strict=True):
-                variable.assign(average)
+        if self.averaging == "none":
+            return
+        for variable, average in zip(var_list, self._averages, strict=True):
+            value = tf.convert_to_tensor(average)
+            # That of a weight without a gradient was never begun: it is 0.
+            begun = tf.reduce_any(value != 0)
+            variable.assign(tf.where(begun, value, tf.convert_to_tensor(variable)))
 
     def get_config(self) -> dict[str, Any]:
         """Arguments of this optimizer."""
