@@ -210,6 +210,8 @@ def test_exit_status(monkeypatch, capsys):
     ("illness", "told"),
     [
         ("sys.modules['tensorflow'] = None", "ModuleNotFoundError ("),
+        # The Python of the system, which has no package at all.
+        ("sys.modules['absl'] = sys.modules['tensorflow'] = None", "ModuleNotFoundError ("),
         # As of a protobuf that does not fit, or of NumPy 2 with a TensorFlow for NumPy 1.
         ("sys.modules['tensorflow'] = Broken('tensorflow')", "TypeError (Descriptors cannot be"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tfmtseg.errors import InputError
 from tfmtseg.files import atomic_folder, atomic_path, lock, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,6 +170,15 @@ def test_a_name_as_long_as_a_name_can_be(tmp_path):
             assert temporary.name.endswith(name[-4:])
             temporary.write_text("whole")
         assert (tmp_path / name).read_text() == "whole"
+
+
+def test_a_file_is_no_folder_to_lock(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match="file: run is a file, must be a folder"),
+        lock(tmp_path / "file", "run"),
+    ):
+        pass
 
 
 def test_a_lock_keeps_another_process_off(tmp_path):

@@ -98,11 +98,14 @@ def lock(directory: str | os.PathLike[str], what: str) -> Iterator[int]:
         The open file, which a child process may inherit and then holds too.
 
     Raises:
-        InputError: If another process holds the folder, and goes on to do so for a while.
+        InputError: If it is a file; if another process holds it, and goes on to do so for a
+            while.
     """
     import fcntl  # not everywhere where this module can be imported
 
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise InputError(directory, what, "a file", "a folder", "choose another folder")
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / ".lock", "wb") as file:
         deadline = time.monotonic() + _PATIENCE_SECONDS

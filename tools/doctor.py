@@ -5,21 +5,19 @@ Exit status 0 if nothing is wrong, 1 if something is.
 
 from __future__ import annotations
 
+import argparse  # not absl, which may be missing with all the rest
 import sys
-
-from absl import app
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Too many arguments: {' '.join(argv[1:])}", exitcode=2)
+    argparse.ArgumentParser(description=__doc__).parse_args(argv[1:])
     try:
         from tfmtseg.doctor import examine, table
     except Exception as error:  # TensorFlow or Keras is missing or broken, in whichever way
         print(
             f"{sys.executable}: import of tfmtseg is {type(error).__name__} ({error}), must work. "
-            "Fix: run pip install tfmtseg with this Python, or call this with the Python of its "
-            "environment.",
+            "Fix: turn on the environment that it is installed in (. .venv/bin/activate after make "
+            "demo), or run pip install . in its folder with this Python.",
             file=sys.stderr,
         )
         return 1
@@ -29,7 +27,7 @@ def main(argv: list[str]) -> int:
 
 
 def run() -> None:
-    app.run(main)
+    sys.exit(main(sys.argv))
 
 
 if __name__ == "__main__":

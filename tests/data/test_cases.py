@@ -321,6 +321,13 @@ class TestNnunet:
         (text,) = problems(root)
         assert "'channel_names' is" in text
 
+    def test_no_ending_is_told(self, root):
+        description = json.loads((root / "dataset.json").read_text())
+        del description["file_ending"]
+        (root / "dataset.json").write_text(json.dumps(description))
+        (text,) = problems(root)
+        assert "Fix: add 'file_ending'" in text
+
     def test_files_of_another_ending(self, root):
         for file in ("imagesTr/c_0000", "imagesTr/c_0001", "labelsTr/c"):
             (root / f"{file}.nii").touch()

@@ -239,7 +239,7 @@ class TestGroupsFile:
     @pytest.mark.parametrize(
         ("text", "words"),
         [
-            (None, "file is unreadable"),
+            (None, "groups file is missing, .*--groups_file="),
             ("case,disease\nx,DCM\n", "without a value in the column group"),
             ("patient,group\nx,DCM\n", "without a value in the column case"),
             ("case,group\nx,\n", "without a value in the column group"),

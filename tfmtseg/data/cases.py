@@ -785,9 +785,10 @@ def _scan_nnunet(
     regions, labels = _read_regions(description, regions, images_only)
     suffix = description.content.get("file_ending")
     if suffix not in SUFFIXES:
-        description.problem(
-            "'file_ending'", _shown(suffix), "'.nii.gz' or '.nii'", "convert the files to NIfTI"
-        )
+        fix = "convert the files to NIfTI"
+        if suffix is None:
+            fix = "add 'file_ending', the end of the files' names"
+        description.problem("'file_ending'", _shown(suffix), "'.nii.gz' or '.nii'", fix)
         return DataFolder(root.path, "", modalities, regions, labels, ())
     if not modalities:  # which has been told; the files cannot be grouped
         return DataFolder(root.path, "", modalities, regions, labels, ())

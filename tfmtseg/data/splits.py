@@ -78,6 +78,12 @@ def read_groups(
             case twice.
     """
     fix = "correct the file or --groups_file"
+    if not Path(path).exists():
+        raise InputError(
+            path, "groups file", "missing", "a CSV file with the columns case and group",
+            "add it, name another with --groups_file (seen from --data_dir), or do without by "
+            "--groups_file=",
+        )  # fmt: skip
     try:
         rows = list(csv.DictReader(io.StringIO(read_text(Path(path), root, allow_root))))
     except csv.Error as error:
