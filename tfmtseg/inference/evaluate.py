@@ -45,6 +45,8 @@ from tfmtseg.inference.shape_prior import ShapePrior
 from tfmtseg.metrics.scores import SURFACE_TOLERANCE_MM, CaseScores, score_case, summarize
 from tfmtseg.training.finished_run import Run, load_run
 
+_ONE_BY_ONE = "evaluate them one by one"
+
 
 def evaluate(
     model_dir: str | os.PathLike[str],
@@ -178,9 +180,6 @@ def check_runs(
             )  # fmt: skip
         elif run is not first:
             _check_same_truth(first, run, split)
-
-
-_ONE_BY_ONE = "evaluate them one by one"
 
 
 def _check_apart(directory: Path, cases: Sequence[str], whose: dict[str, Path]) -> None:
