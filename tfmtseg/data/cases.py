@@ -693,13 +693,14 @@ def _scan_brats(
             stacklevel=2,
         )
     form, folders = found[0], by_form[found[0]]
+    taken = set(itertools.chain(*by_form.values()))
     errors = [
         InputError(
             path, "name", "that of another case than of its folder",
             f"{folder.name}{form.separator} and an ending", "rename the folder, or its files",
         )
         for folder in inner
-        if not any(folder in folders for folders in by_form.values())
+        if folder not in taken
         for path in [path for path in _list_images(folder) if form.is_of_another_case(path)][:1]
     ]  # fmt: skip
     if len(found) > 1:

@@ -44,14 +44,12 @@ def arrays_of(records: tuple[list[Record], list[Record], list[Record]]) -> dict[
     """
     labelled, unlabelled, development = records
     every = (*unlabelled, *labelled, *development)  # with the label, where there is one
-    sizes = {
-        record.name: " x ".join(f"{length:.6g}" for length in record.geometry.spacing_mm)
-        for record in every
-    }
-    return {
-        record.name: [*sorted(record.files.values()), f"voxels of {sizes[record.name]} mm"]
-        for record in every
-    }
+
+    def of_one(record: Record) -> list[str]:
+        size = " x ".join(f"{length:.6g}" for length in record.geometry.spacing_mm)
+        return [*sorted(record.files.values()), f"voxels of {size} mm"]
+
+    return {record.name: of_one(record) for record in every}
 
 
 def claim_folder(
