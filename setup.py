@@ -3,6 +3,9 @@
 from setuptools import find_packages, setup
 
 setup(
+    # As text, pyproject.toml takes it from setuptools 77 on, which Python's own venv may lack; as a
+    # table, only before 2027.
+    license="Apache-2.0",
     # tools/ and configs/ are installed inside the package, so that the console commands
     # run the very files that `python tools/train.py` does.
     packages=[

@@ -84,7 +84,9 @@ def _label_efficiency() -> int:
     arms = parse_arms(_ARMS.value)
     experiment = open_experiment(directory, _DATA_DIR.value, settings, arms, _THREADS.value, few)
     runs = plan_runs(experiment, arms, parse_counts(_NUM_LABELED.value), parse_seeds(_SEEDS.value))
-    print(describe_plan(experiment, runs, Results.read(experiment.results), _PARALLEL.value))
+    results = Results.read(experiment.results)
+    results.check_test_cases(experiment.splits(runs[0]).test)
+    print(describe_plan(experiment, runs, results, _PARALLEL.value))
     if _PLAN.value:
         return 0
     failed = make_runs(
@@ -96,7 +98,7 @@ def _label_efficiency() -> int:
 
 
 def _report(experiment: Experiment) -> None:
-    write_report(experiment, experiment.few)
+    write_report(experiment)
     print(f"Report: {experiment.results / 'report.md'}")
 
 

@@ -10,7 +10,6 @@ Methods and settings are those of `tools/train.py`.
 from __future__ import annotations
 
 import platform
-import resource
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from absl import app, flags
 from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.console import flags_only
+from tfmtseg.memory import GB, peak_memory_gb, resident_memory_gb
 from tfmtseg.models.encoder import ISOTROPIC
 from tfmtseg.models.methods import METHODS
 from tfmtseg.models.segmenter import Segmenter
@@ -38,14 +38,8 @@ _CLASSES = flags.DEFINE_integer(
 )
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds."""
-    with open("/proc/self/statm", encoding="utf-8") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def step_memory() -> int:
-    """Bytes that two training steps needed at their peak."""
+def step_memory_gb() -> float:
+    """What two training steps needed at their peak, in 10^9 bytes."""
     crop = [int(size) for size in _CROP.value]
     labeled = [1.0] * _LABELED.value
     if METHODS[_METHOD.value].uses_unlabelled:
@@ -55,7 +49,7 @@ def step_memory() -> int:
     regions = _CLASSES.value or Regions.parse("brats_msd")
     labels = random.integers(0, 1 + (_CLASSES.value or 3), images.shape[:-1]).astype(np.uint8)
     data = tf.constant(images), tf.constant(labels), tf.constant(labeled)
-    before = resident()
+    before = resident_memory_gb()
     model = Segmenter(
         regions,
         _METHOD.value,
@@ -69,12 +63,12 @@ def step_memory() -> int:
     step = tf.function(model.train_step)
     for _ in range(2):
         step(data)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return peak_memory_gb() - before
 
 
 def main(argv: list[str]) -> None:
     flags_only(argv)
-    gib = step_memory() / 2**30
+    gib = step_memory_gb() * GB / 2**30
     patches = _LABELED.value + _UNLABELED.value * METHODS[_METHOD.value].uses_unlabelled
     crop = " x ".join(_CROP.value)
     print(f"| {_METHOD.value} | {_WIDTH.value} | {crop} | {patches} | {gib:.2f} |")

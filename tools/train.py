@@ -56,7 +56,7 @@ def _read_config() -> TrainConfig:
     origin = _CONFIG_FILE.value
     if origin is None and chosen.get("data_dir"):
         folder = peek_data_folder(chosen["data_dir"], chosen.get("allow_root"))
-        origin = find_preset(folder.name if folder else "")
+        origin = find_preset(folder.name)
         if origin is not None:
             print(f"Settings: {origin} (made for this data set; flags win)")
     settings = read_settings(origin) if origin is not None else {}

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfmtseg.experiment.plan import Experiment, parse_arms
+from tfmtseg.data.phantom import write_phantoms
+from tfmtseg.experiment.plan import FEW, Experiment, parse_arms
 from tfmtseg.experiment.results import Results, RunResult
 from tfmtseg.metrics.scores import CaseScores, RegionScores
 from tfmtseg.training.config import TrainConfig
@@ -88,17 +89,27 @@ def tools(tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory) -> Path:
+    """A data folder of 12 cases, of 40 x 32 x 24 voxels of 1 mm, with three nested regions."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, 12, shape=(40, 32, 24))
+    return folder
+
+
 @pytest.fixture
-def make_experiment(tmp_path):
+def make_experiment(tmp_path, phantoms):
     """Makes an experiment of 4 steps with the given arms."""
 
-    def make(*texts: str, name: str = "experiment", **settings) -> Experiment:
+    def make(
+        *texts: str, name: str = "experiment", data: Path = phantoms, few=FEW, **settings
+    ) -> Experiment:
         arms = {arm.name: arm for arm in parse_arms(texts)}
         config = TrainConfig(
             **{"train_steps": 4, "steps_per_epoch": 1, "num_test": 4,
-               "subject_regex": r"p(\d+)", **settings}
+               "subject_regex": r"(\d+)", **settings}
         )  # fmt: skip
-        experiment = Experiment(tmp_path / name, config, arms, 1, str(tmp_path))
+        experiment = Experiment(tmp_path / name, config, arms, 1, str(data), few)
         experiment.write()
         return experiment
 

@@ -23,9 +23,9 @@ def report(make_experiment, make_results):
     """Writes the report of made-up results; returns its text and its folder."""
 
     def write(gains, few=(3, 6), arms=(), **options) -> tuple[str, Path]:
-        experiment = make_experiment(*(arms or gains))
+        experiment = make_experiment(*(arms or gains), few=few)
         make_results(gains, **options).write(experiment.results)
-        write_report(experiment, few)
+        write_report(experiment)
         return (experiment.results / "report.md").read_text(), experiment.results
 
     return write
@@ -85,9 +85,9 @@ def test_one_number_of_labels_can_refute(make_experiment, make_results):
     )
     results = type(good)({**good.runs, **bad.runs}, {**good.scores, **bad.scores})
     results.write(experiment.results)
-    write_report(experiment, [3, 6])
+    write_report(experiment)
     assert claim((experiment.results / "report.md").read_text(), 2) == "does not hold"
-    write_report(experiment, [3])
+    write_report(dataclasses.replace(experiment, few=(3,)))
     assert claim((experiment.results / "report.md").read_text(), 2) == "holds"
 
 
@@ -106,13 +106,13 @@ def test_a_wider_network_is_no_rival(report):
 
 
 def test_notes_by_hand_and_several_versions(make_experiment, make_results):
-    experiment = make_experiment("encdec", "cpcseg", count_subjects=True)
+    experiment = make_experiment("encdec", "cpcseg", few=(3,), count_subjects=True)
     results = make_results({"encdec": 0, "cpcseg": 0.1}, counts=(3,), num_seeds=2)
     old = {key: dataclasses.replace(run, code="def") for key, run in results.runs.items()
            if key[2] == 1}  # fmt: skip
     dataclasses.replace(results, runs={**results.runs, **old}).write(experiment.results)
     (experiment.results / "notes.md").write_text("Seed 1 came first.\n")
-    write_report(experiment, [3])
+    write_report(experiment)
     text = (experiment.results / "report.md").read_text()
     assert "\n\nSeed 1 came first.\n\n## Claims" in text
     for code in ("abc", "def"):
@@ -151,7 +151,7 @@ def test_arms_of_fewer_seeds(report, make_experiment, make_results):
         for each in (results.runs, results.scores)
     )
     dataclasses.replace(results, runs=runs, scores=scores).write(experiment.results)
-    write_report(experiment, [3, 6])
+    write_report(experiment)
     text = (experiment.results / "report.md").read_text()
     assert "(best: `cpcseg`)" in text  # `vaeseg` has too few seeds to decide anything
     assert claim(text, 3) == "holds"
@@ -164,7 +164,7 @@ def test_a_lucky_seed_does_not_choose_the_best(make_experiment, make_results):
     runs = {**{k: r for k, r in rest.runs.items() if k[2] == 1}, **first.runs}
     scores = {key: {**rest.scores, **first.scores}[key] for key in runs}
     results = dataclasses.replace(rest, runs=runs, scores=scores)
-    best = Contest(experiment, results, str, [3, 6]).best()
+    best = Contest(experiment, results).best()
     assert best is not None
     assert best.name == "cpcseg"
 
@@ -179,11 +179,11 @@ def test_costs_by_processor(make_experiment, make_results):
     dataclasses.replace(results, runs={**results.runs, other.key: other, longer.key: longer}).write(
         experiment.results
     )
-    write_report(experiment, [3])
+    write_report(experiment)
     text = (experiment.results / "report.md").read_text()
     assert "| `cpcseg` | 4 | 2 | none, 1 | 10 (10 to 10) | 25 (20 to 30) | 1000 |" in text
     assert "| `cpcseg` | 4 | 1 | slow, 1 | 10 | 50 | 1000 |" in text
-    (comparison,) = Contest(experiment, Results.read(experiment.results), str, [3]).equal_steps
+    (comparison,) = Contest(experiment, Results.read(experiment.results)).equal_steps
     assert comparison.time_ratio == 25 / 8
 
 
@@ -197,7 +197,7 @@ def test_too_few_seeds_do_not_count_in_the_correction(make_experiment, make_resu
     results = make_results({"encdec": 0.0, "cpcseg": 0.02, "bcp": 0.001}, counts=(3,))
 
     def corrected(results: Results) -> dict[str, float | None]:
-        contest = Contest(experiment, results, str, [3])
+        contest = Contest(experiment, results)
         return {c.arm: c.p_holm for c in contest.equal_steps if c.reference == "encdec"}
 
     both = corrected(results)
@@ -290,13 +290,13 @@ def test_times_of_different_processors_are_not_compared(make_experiment, make_re
     key = ("cpcseg", 3, 1)
     run = dataclasses.replace(results.runs[key], cpu_seconds=1000.0, processor="another")
     results = dataclasses.replace(results, runs={**results.runs, key: run})
-    (comparison,) = Contest(experiment, results, str, [3]).equal_steps
+    (comparison,) = Contest(experiment, results).equal_steps
     assert comparison.seeds == 2
     assert comparison.time_ratio == 3
     key = ("cpcseg", 3, 0)
     run = dataclasses.replace(results.runs[key], processor="another")
     results = dataclasses.replace(results, runs={**results.runs, key: run})
-    contest = Contest(experiment, results, str, [3])
+    contest = Contest(experiment, results)
     assert contest.equal_steps[0].time_ratio is None
     assert contest.equal_time == contest.lacking == []
 
@@ -377,7 +377,7 @@ def test_one_arm_alone(report):
 
 def test_nothing_finished(make_experiment):
     with pytest.raises(InputError, match=r"runs\.csv is missing"):
-        write_report(make_experiment("encdec"), [3])
+        write_report(make_experiment("encdec"))
 
 
 def test_runs_of_an_arm_that_the_experiment_lost(report):
@@ -389,6 +389,6 @@ def test_runs_of_an_arm_that_the_experiment_lost(report):
 def test_the_best_method_is_no_control(make_experiment, make_results):
     experiment = make_experiment("encdec", "cpcseg", "sscpcseg", "control_a")
     results = make_results({"encdec": 0.9, "cpcseg": 0.1, "sscpcseg": 0.2, "control_a": 0.3})
-    best = Contest(experiment, results, str, [3, 6]).best()
+    best = Contest(experiment, results).best()
     assert best is not None
     assert best.name == "sscpcseg"

@@ -49,6 +49,14 @@ def test_looking_up(make_results):
     assert results.dice("encdec", 6, [0, 1]).shape == (2, 6)
 
 
+def test_other_test_cases_are_refused_before_a_run(make_results):
+    results = make_results({"encdec": 0.0})
+    results.check_test_cases(results.cases[::-1])
+    Results({}, {}).check_test_cases(["another"])
+    with pytest.raises(InputError, match="--data_dir: test cases is others, must be those of the"):
+        results.check_test_cases(results.cases[1:])
+
+
 def test_other_test_or_labelled_cases_are_refused(make_results):
     results = make_results({"encdec": 0.1}, counts=(3,), num_seeds=1)
     run = dataclasses.replace(results.runs["encdec", 3, 0], arm="sscpcseg")

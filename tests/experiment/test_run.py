@@ -114,7 +114,8 @@ def start_experiment(
         "import dataclasses\n"
         "run._POLL_SECONDS = 0.02\n"
         f"run._LAUNCHER = run._LAUNCHER.replace('linux', {system!r})\n"
-        "experiment = dataclasses.replace(Experiment.read(Path(sys.argv[1])), data_dir='.')\n"
+        "experiment = dataclasses.replace(Experiment.read(Path(sys.argv[1])),\n"
+        f"    data_dir={experiment.data_dir!r})\n"
         "runs = [Run(experiment.arms[a], int(n), int(s)) for a, n, s in\n"
         "        (text.split(',') for text in sys.argv[4:])]\n"
         "failed = run.make_runs(experiment, runs, parallel=int(sys.argv[3]),\n"
@@ -233,7 +234,9 @@ def test_one_experiment_at_a_time(make_experiment, tools, monkeypatch):
     monkeypatch.setattr(files, "_PATIENCE_SECONDS", 0)
     experiment = make_experiment("encdec")
     further = parse_arms(["sscpcseg"])
-    experiment = open_experiment(experiment.directory, ".", experiment.settings, further, 1)
+    experiment = open_experiment(
+        experiment.directory, experiment.data_dir, experiment.settings, further, 1
+    )
     with open(experiment.directory / ".lock", "wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="experiment is at work in another process"):

@@ -11,6 +11,7 @@ from scipy import stats
 from tfmtseg.experiment.statistics import (
     bootstrap_interval,
     holm,
+    seed_interval,
     subject_means,
     wilcoxon_p,
 )
@@ -112,3 +113,11 @@ def test_cases_of_one_subject_widen_the_interval():
 def test_seeds_take_part():
     values = np.array([[0.0] * 10, [1.0] * 10])
     assert bootstrap_interval(values, [str(i) for i in range(10)]) == (0, 1)
+
+
+def test_interval_over_seeds_by_hand():
+    """Of 1, 2, 3: mean 2, standard error 1 / sqrt(3), and 4.303 of t with two degrees."""
+    low, high = seed_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
+    assert seed_interval([1.0, 1.0]) == (1, 1)
+    assert seed_interval([1.0]) is None

@@ -72,7 +72,7 @@ def data(tmp_path) -> Path:
 def write_run(directory: Path) -> Path:
     """The files of a finished run."""
     directory.mkdir()
-    result = {"method": "encdec", "num_labeled": 1, "history_file": "history.csv"}
+    result = {"method": "encdec", "num_labeled": 1}
     (directory / "result.json").write_text(json.dumps(result))
     (directory / "history.csv").write_text(
         "step,loss,seg_loss,dice_blob,val_dice_blob\n1,2.0,1.0,0.1,\n2,1.0,0.5,0.2,0.3\n"

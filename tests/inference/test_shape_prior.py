@@ -13,7 +13,7 @@ def box(shape, first, last, label=1) -> np.ndarray:
 
 
 def fit(maps, spacings_mm) -> ShapePrior:
-    return ShapePrior.fit(iter(maps), [each.shape for each in maps], spacings_mm, num_labels=4)
+    return ShapePrior.fit(iter(maps), [each.shape for each in maps], spacings_mm, labels=range(4))
 
 
 def test_majority_by_hand():

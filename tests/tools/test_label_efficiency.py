@@ -42,12 +42,19 @@ def make(call):
 
 
 def test_the_plan_trains_and_writes_nothing(data, tmp_path, make):
-    done = make(data, tmp_path / "out", "--arms=shape_prior,encdec,control_a", "--plan")
+    done = make(data, tmp_path / "out", "--arms=shape_prior,encdec,pasted", "--plan")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1].split()[:4] == ["encdec/n1_seed0", "2", "to", "do"]
-    assert lines[2].split()[:4] == ["control_a/n1_seed0", "2", "to", "do"]
+    assert lines[2].split()[:4] == ["pasted/n1_seed0", "2", "to", "do"]
     assert lines[3].startswith("2 of 2 runs to make: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_for_data_that_is_not_there(tmp_path, make):
+    done = make(tmp_path / "typo", tmp_path / "out", "--plan")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'typo'}: data folder is missing, must be a folder" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -288,7 +288,6 @@ def _build_image(case: Case, directory: Path, num_modalities: int) -> dict[str, 
         "offset": normalized.offset.tolist(),
         "background": normalized.background.tolist(),
         "geometry": volume.geometry.get_config(),
-        "spacing_mm": volume.geometry.spacing_mm,
     }
 
 

@@ -151,11 +151,17 @@ def read_data_folder(
 
 def peek_data_folder(
     root: str | os.PathLike[str], allow_root: str | os.PathLike[str] | None = None
-) -> DataFolder | None:
-    """What is sound of a data folder, for its name; whoever reads it is told of the rest."""
+) -> DataFolder:
+    """What is sound of a data folder, for its name; whoever reads it is told of the rest.
+
+    Raises:
+        InputErrors: If there is nothing to go on with.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        folder, _ = scan_data_folder(root, allow_root)
+        folder, errors = scan_data_folder(root, allow_root)
+    if folder is None:
+        raise InputErrors(errors)
     return folder
 
 

@@ -112,7 +112,9 @@ def _check_case(
 
 
 def _hash(voxels: np.ndarray) -> str:
-    return hashlib.sha256(repr(voxels.shape).encode() + voxels.tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(voxels.shape).encode())
+    digest.update(np.ascontiguousarray(voxels).data)
+    return digest.hexdigest()
 
 
 def _warn(text: str) -> None:

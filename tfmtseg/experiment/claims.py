@@ -29,10 +29,12 @@ from tfmtseg.experiment.results import Results
 from tfmtseg.experiment.statistics import (
     bootstrap_interval,
     holm,
+    seed_interval,
     subject_means,
     wilcoxon_p,
 )
 from tfmtseg.models.methods import METHODS
+from tfmtseg.training.run_data import subject_by
 
 PAPER_METHODS = ("encdec", "vaeseg", "boundseg", "cpcseg", "ssvaeseg", "sscpcseg")
 CLAIMED = "sscpcseg"
@@ -56,6 +58,8 @@ class Comparison:
         by_seed: Means over cases, of each seed.
         low: Lower end of its 95 % interval.
         high: Upper end.
+        low_seeds: Lower end of that over seeds alone, see `seed_interval`; `None` with one.
+        high_seeds: Upper end.
         p: Of the signed-rank test over subjects, each averaged over seeds and cases.
         p_holm: Corrected for the number of comparisons that have seeds enough to decide
             something; `None` for the others.
@@ -72,6 +76,8 @@ class Comparison:
     by_seed: tuple[float, ...]
     low: float
     high: float
+    low_seeds: float | None
+    high_seeds: float | None
     p: float
     p_holm: float | None
     time_ratio: float | None
@@ -107,6 +113,8 @@ def compare(
     differences = results.dice(arm, num_labeled, seeds) - results.dice(reference, other, seeds)
     subjects = [subject(case) for case in results.cases]
     low, high = bootstrap_interval(differences, subjects)
+    by_seed = tuple(map(float, differences.mean(axis=1)))
+    low_seeds, high_seeds = seed_interval(by_seed) or (None, None)
     p = wilcoxon_p(subject_means(differences.mean(axis=0), subjects))
     return Comparison(
         arm=arm,
@@ -115,9 +123,11 @@ def compare(
         reference_num_labeled=other,
         seeds=len(seeds),
         difference=float(differences.mean()),
-        by_seed=tuple(map(float, differences.mean(axis=1))),
+        by_seed=by_seed,
         low=low,
         high=high,
+        low_seeds=low_seeds,
+        high_seeds=high_seeds,
         p=p,
         p_holm=None,
         time_ratio=time_ratio(results, arm, reference),
@@ -149,21 +159,12 @@ class Contest:
     Args:
         experiment: The experiment.
         results: Its finished runs.
-        subject: Gives the subject of a case.
-        few: Numbers of labelled cases at which the claims are judged.
     """
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        results: Results,
-        subject: Callable[[str], str],
-        few: Sequence[int],
-    ):
+    def __init__(self, experiment: Experiment, results: Results):
         self.experiment = experiment
         self.results = results
-        self.subject = subject
-        self.few = few
+        self.subject = subject_by(experiment.settings)
         finished = {arm for arm, _, _ in results.runs}
         self.arms = [arm for name, arm in experiment.arms.items() if name in finished]
         equal_steps = self._equal_steps()
@@ -292,7 +293,9 @@ class Contest:
     def at_few(self, arm: str, references: Iterable[str]) -> Evidence:
         """The equal-steps comparisons of an arm that a claim rests on."""
         known = {(c.arm, c.reference, c.num_labeled): c for c in self.equal_steps}
-        wanted = [(arm, reference, count) for reference in references for count in self.few]
+        wanted = [
+            (arm, reference, count) for reference in references for count in self.experiment.few
+        ]
         return Evidence(
             [known[key] for key in wanted if key in known],
             [

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from functools import cached_property
 from math import prod
 from statistics import mean, median
 
-from tfmtseg.data.cases import peek_data_folder
 from tfmtseg.experiment.plan import Arm, Experiment, Run, steps_made
 from tfmtseg.experiment.results import Results, RunResult
 from tfmtseg.memory import GB, available_memory_gb
 from tfmtseg.models.methods import METHODS
 from tfmtseg.processor import processor_name
-from tfmtseg.regions import Regions
-from tfmtseg.training.memory import COUNTED_OUTPUTS, training_memory_gb
-from tfmtseg.training.sizes import LEVELS, MAX_CROP, choose_cube
+from tfmtseg.training.memory import training_memory_gb
 
 # The rule for arms without a finished run, from trials on one core of a two-core server
 # with crops of 32 x 48 x 32 and 96 x 96 x 8 and a width of 8.
@@ -69,25 +64,10 @@ class Estimates:
         measured = max((other.memory_mib for other in finished), default=0)
         if measured:
             return measured
-        config = self.experiment.config(run)
-        if not all((*config.crop, *config.cube_size)):  # left to the data, which may be large
-            x, y, z = crop = tuple(size or MAX_CROP for size in config.crop)
-            halved = [size >= 32 and size % 2**LEVELS == 0 for size in crop]  # others are thick
-            level = (1 + halved[0], 1 + halved[1], 1 + halved[2])
-            strides = config.strides if config.has_strides else (level, level, level)
-            cube_size = choose_cube((x, y, z), strides)
-            config = dataclasses.replace(config, crop=(x, y, z), cube_size=cube_size)
+        config = self.experiment.sized(run)
         parameters = round(_PARAMETERS * (config.width / 32) ** 2)
-        return training_memory_gb(config, parameters, self._num_outputs) * GB / 2**20
-
-    @cached_property
-    def _num_outputs(self) -> int:
-        """Of the network, as settings or data folder say what is segmented."""
-        settings, data_dir = self.experiment.settings, self.experiment.data_dir
-        if settings.regions:
-            return Regions.parse(settings.regions).num_outputs
-        folder = peek_data_folder(data_dir, settings.allow_root) if data_dir else None
-        return folder.regions.num_outputs if folder and folder.regions else COUNTED_OUTPUTS
+        outputs = self.experiment.num_outputs
+        return training_memory_gb(config, parameters, outputs) * GB / 2**20
 
     def source(self, run: Run) -> str:
         """Where the figures of a run come from."""
@@ -97,20 +77,15 @@ class Estimates:
         return "rule" if self.scale == 1 else f"rule x {self.scale:.2g}"
 
     def _rule_seconds(self, arm: Arm) -> float:
-        config = self.experiment.config(Run(arm, 0, 0))
+        config = self.experiment.sized(Run(arm, 0, 0))
         factor = _BRANCH_FACTOR if METHODS[arm.method].branch else 1
-        per_step = _SECONDS_PER_VOXEL * factor * self._values_per_step(arm) / 8
+        patches = config.labeled_per_step + config.uses_unlabelled * config.unlabeled_per_step
+        per_step = _SECONDS_PER_VOXEL * factor * patches * prod(config.crop) * config.width / 8
         return (
             per_step * config.train_steps / max(self.experiment.threads, 1)
             + _START_SECONDS
-            + _SECONDS_PER_TEST_CASE * config.num_test
+            + _SECONDS_PER_TEST_CASE * self.experiment.num_test
         )
-
-    def _values_per_step(self, arm: Arm) -> int:
-        """Values of one feature map of the first level, of all patches of a step."""
-        config = self.experiment.config(Run(arm, 0, 0))
-        patches = config.labeled_per_step + config.uses_unlabelled * config.unlabeled_per_step
-        return patches * prod(size or MAX_CROP for size in config.crop) * config.width
 
 
 def describe_plan(

@@ -18,16 +18,28 @@ import dataclasses
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tfmtseg.data.cases import peek_data_folder
+from tfmtseg.data.cases import Case, DataFolder, peek_data_folder
+from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError
 from tfmtseg.files import read_rows, write_text
 from tfmtseg.models.methods import METHODS
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings, read_yaml
+from tfmtseg.training.run_data import (
+    choose_sizes,
+    further_images,
+    median_shape,
+    median_spacing,
+    read_folder,
+    split_cases,
+    training_geometries,
+    with_subjects,
+)
 
 # Scored beside every run, and therefore without a run of its own.
 SHAPE_PRIOR = "shape_prior"
@@ -48,7 +60,16 @@ TASK_SETTINGS = CONTRAST_SETTINGS | TEACHER_SETTINGS | {"unlabeled_per_step"}
 FOLDERS = {"unlabeled_dir", "allow_root"}  # may lie elsewhere when an experiment goes on
 # What the experiment itself sets for each run.
 OWN_SETTINGS = {"data_dir", "model_dir", "cache_dir", "mode", "method", "num_labeled", "seed"}
+# What decides which cases there are, and for what: the same for all arms, or they could not be
+# compared.
+CASE_SETTINGS = {
+    "allow_root", "count_subjects", "fold", "groups_file", "ids_per_subject", "labeled_list",
+    "num_development", "num_folds", "num_test", "regions", "split_seed", "subject_regex",
+    "test_list", "unlabeled_dir",
+}  # fmt: skip
 FEW = (3, 6)  # numbers of labelled cases that the claims are about, unless others are asked for
+# By which a run's number of threads is set.
+THREAD_VARIABLES = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
 Kind = tuple[str, tuple[tuple[str, Any], ...]]  # method and settings
 _ARM_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -173,7 +194,14 @@ def _parse_arm(text: str) -> Arm:
             "NAME=METHOD:SETTING=VALUE:... with a name that is none of them",
             "correct it",
         )  # fmt: skip
-    return Arm(name, method, parse_settings(settings, f"--arms={text}"))
+    origin = f"--arms={text}"
+    values = parse_settings(settings, origin)
+    if shared := sorted(CASE_SETTINGS & {*values}):
+        raise InputError(
+            origin, shared[0], "that of an arm", "the same for all arms",
+            f"give it as --set {shared[0]}=VALUE",
+        )  # fmt: skip
+    return Arm(name, method, values)
 
 
 @dataclass(frozen=True)
@@ -288,6 +316,47 @@ class Experiment:
             seed=run.seed,
         )
 
+    def sized(self, run: Run) -> TrainConfig:
+        """All settings of a run, with the sizes that it will choose from the data."""
+        return choose_sizes(self.config(run), *self._medians)
+
+    def splits(self, run: Run) -> Splits:
+        """The cases of a run.
+
+        Raises:
+            InputError: If the data has too few, or cannot be split as asked for.
+        """
+        return split_cases(self.config(run), *self._cases)
+
+    @property
+    def num_test(self) -> int:
+        """Test cases, the same for all runs."""
+        return len(self._all_labelled.test)
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of the networks' output."""
+        folder, _ = self._cases
+        assert folder.regions is not None  # `read_folder` has made sure
+        return folder.regions.num_outputs
+
+    @cached_property
+    def _cases(self) -> tuple[DataFolder, tuple[Case, ...]]:
+        """The data folder, and the cases of `unlabeled_dir`."""
+        config = dataclasses.replace(self.settings, data_dir=self.data_dir)
+        folder = read_folder(config)
+        return folder, further_images(config, folder)
+
+    @cached_property
+    def _all_labelled(self) -> Splits:
+        return self.splits(Run(next(iter(self.arms.values())), 0, 0))
+
+    @cached_property
+    def _medians(self) -> tuple[list[float], list[float]]:
+        """Voxel size and shape of what is trained on, the same for all runs."""
+        geometries = training_geometries(*self._cases, self._all_labelled)
+        return median_spacing(geometries), median_shape(geometries)
+
     def train_flags(self, run: Run, data_dir: str, directory: str) -> list[str]:
         """Flags of tools/train.py for a run, with the given names for the two folders."""
         own = {
@@ -362,19 +431,17 @@ def read_base_settings(
         changes: Names and values, from `parse_settings`.
 
     Raises:
-        InputError: If the folder or a setting cannot be used.
+        InputError: If a setting cannot be used.
+        InputErrors: If the folder cannot.
     """
-    folder = peek_data_folder(data_dir, changes.get("allow_root")) if data_dir else None
-    origin: str | Path | None = config_file
-    if not origin and folder:
-        origin = find_preset(folder.name)
+    if not data_dir:
+        raise InputError("--data_dir", "value", "missing", "a folder", "name that of your data")
+    folder = peek_data_folder(data_dir, changes.get("allow_root"))
+    origin = config_file or find_preset(folder.name)
     values = read_settings(origin) if origin else {}
     TrainConfig.from_mapping(values, str(origin))  # names the file, should it be wrong
     shared = {name: value for name, value in values.items() if name not in OWN_SETTINGS}
-    settings = TrainConfig.from_mapping({**shared, **changes}, "flags")
-    if folder and not settings.subject_regex:  # as every run will
-        settings = dataclasses.replace(settings, subject_regex=folder.subject_regex)
-    return settings
+    return with_subjects(TrainConfig.from_mapping({**shared, **changes}, "flags"), folder)
 
 
 def open_experiment(
@@ -431,7 +498,9 @@ def plan_runs(
     that is stopped early compares all arms.
 
     Raises:
-        InputError: If a run's settings cannot be used, or leave no test cases to compare by.
+        InputError: If a run's settings cannot be used, leave no test cases to compare by, or
+            ask for more cases than there are.
+        InputErrors: If the data folder cannot be used.
     """
     settings = experiment.settings
     if not (settings.num_test or settings.test_list or settings.num_folds):
@@ -447,6 +516,8 @@ def plan_runs(
     ]
     for run in runs:
         experiment.config(run).check()
+        experiment.splits(run)
+        experiment.sized(run).check()
     return runs
 
 

@@ -16,12 +16,10 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tfmtseg.data.splits import subject_of
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.claims import (
     CLAIMED,
@@ -39,6 +37,7 @@ from tfmtseg.experiment.claims import (
 from tfmtseg.experiment.plan import (
     BASELINE,
     SHAPE_PRIOR,
+    THREAD_VARIABLES,
     Arm,
     Experiment,
     Run,
@@ -51,12 +50,8 @@ from tfmtseg.files import atomic_path, write_rows, write_text
 from tfmtseg.inference.figures import ScoreLine, draw_label_efficiency
 
 
-def write_report(experiment: Experiment, few: Sequence[int]) -> None:
+def write_report(experiment: Experiment) -> None:
     """Writes tables, diagram and report from the finished runs.
-
-    Args:
-        experiment: The experiment.
-        few: Numbers of labelled cases at which the claims are judged.
 
     Raises:
         InputError: If no run is finished, or one is of an arm that the experiment does not have.
@@ -73,11 +68,7 @@ def write_report(experiment: Experiment, few: Sequence[int]) -> None:
             experiment.results / "experiment.yaml", "arms", f"without {', '.join(sorted(unknown))}",
             "all arms that runs.csv has", "bring back the file, as from git",
         )  # fmt: skip
-    settings = experiment.settings
-    subject = partial(
-        subject_of, regex=settings.subject_regex, ids_per_subject=settings.ids_per_subject
-    )
-    contest = Contest(experiment, results, subject, few)
+    contest = Contest(experiment, results)
     rows = _table(contest)
     write_rows(experiment.results / "table.csv", rows)
     comparisons = [
@@ -237,7 +228,7 @@ def _unit(contest: Contest) -> str:
 
 def _claims(contest: Contest) -> str:
     lines = ["## Claims", ""]
-    few = " and ".join(map(count_text, contest.few))
+    few = " and ".join(map(count_text, contest.experiment.few))
     steps = contest.experiment.settings.train_steps
     ours = contest.name_of(kind_of(CLAIMED), steps)
     others = [contest.name_of(kind_of(name), steps) for name in PAPER_METHODS if name != CLAIMED]
@@ -269,7 +260,7 @@ def _third_claim(contest: Contest) -> list[str]:
     title += "better than its own control"
     best = contest.best()
     if best is None:
-        few = " and ".join(map(count_text, contest.few))
+        few = " and ".join(map(count_text, contest.experiment.few))
         missing = [f"a method beside `encdec` at {few} labelled"]
         return _claim(title, "not decided", Evidence([], missing))
     steps = contest.experiment.steps(best)
@@ -290,7 +281,7 @@ def _labels_saved(contest: Contest, best: Arm) -> list[str]:
     baseline = contest.name_of(kind_of(BASELINE), contest.experiment.steps(best))
     found = [
         compare(contest.results, contest.subject, best.name, baseline, count, more)
-        for count in contest.few
+        for count in contest.experiment.few
         for more in contest.results.counts(baseline)
         if by_count(more) > by_count(count)
     ]
@@ -306,7 +297,7 @@ def _labels_saved(contest: Contest, best: Arm) -> list[str]:
         "|---|---|---|---|---|",
         *[
             f"| {count_text(c.num_labeled)} | {count_text(c.reference_num_labeled)} "
-            f"| {_points(c.difference)} | {_interval(c)} | {c.seeds} |"
+            f"| {_points(c.difference)} | {_interval(c.low, c.high)} | {c.seeds} |"
             for c in known
         ],
     ]
@@ -391,12 +382,14 @@ def _comparison_table(comparisons: Sequence[Comparison]) -> list[str]:
     if not comparisons:
         return []
     return [
-        "| arm | against | labelled | points | 95 % interval | by seed | p | corrected | time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| arm | against | labelled | points | 95 % interval | by seed | over seeds alone | p "
+        "| corrected | time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *[
             f"| `{c.arm}` | `{c.reference}` | {count_text(c.num_labeled)} "
-            f"| {_points(c.difference)} | {_interval(c)} "
-            f"| {' '.join(map(_points, c.by_seed))} | {_p(c.p)} | {_p(c.p_holm)} "
+            f"| {_points(c.difference)} | {_interval(c.low, c.high)} "
+            f"| {' '.join(map(_points, c.by_seed))} | {_interval(c.low_seeds, c.high_seeds)} "
+            f"| {_p(c.p)} | {_p(c.p_holm)} "
             f"| {f'x {c.time_ratio:.2f}' if c.time_ratio else ''} |"
             for c in comparisons
         ],
@@ -439,8 +432,10 @@ def _method(contest: Contest) -> str:
         "hierarchical bootstrap with "
         f"{REPLICATES:,} replicates, which draws seeds, then subjects, then cases of each subject; "
         "all drawn seeds meet the same drawn cases. With one seed an interval says nothing of the "
-        "chance of seeds; with few it may be too narrow, where test cases are many and seeds "
-        "differ more than arms do. p: two-sided Wilcoxon signed-rank test over subjects, scores "
+        "chance of seeds; with few it is too narrow where seeds differ more than test cases do, "
+        "as it can hardly reach beyond the lowest and the highest of them. Over seeds alone: "
+        "Student's t interval, which allows for that, and takes the test cases as given; no "
+        "verdict above rests on it. p: two-sided Wilcoxon signed-rank test over subjects, scores "
         "averaged over seeds and over the subject's cases, because cases of one subject are not "
         "independent; it is about the networks that were trained, and knows nothing of other "
         "seeds. Corrected: Holm, over all differences at equal steps and at equal time that "
@@ -466,7 +461,7 @@ def _commands(contest: Contest) -> str:
         "python tools/label_efficiency.py --data_dir=DATA --output_dir=EXPERIMENT "
         "--config_file=EXPERIMENT/results/settings.yaml"
     )
-    shared += f" --few={','.join(map(count_text, contest.few))}"
+    shared += f" --few={','.join(map(count_text, contest.experiment.few))}"
     if experiment.threads != 1:
         shared += f" --threads={experiment.threads}"
     for (counts, seeds), arms in _grids(contest).items():
@@ -481,8 +476,7 @@ def _commands(contest: Contest) -> str:
     flags = experiment.train_flags(run, "DATA", "EXPERIMENT")
     model_dir = next(flag for flag in flags if flag.startswith("--model_dir="))
     threads = experiment.threads
-    names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
-    limits = "".join(f"{name}={threads} " for name in names) if threads else ""
+    limits = "".join(f"{name}={threads} " for name in THREAD_VARIABLES) if threads else ""
     lines += [
         "```",
         "",
@@ -528,8 +522,8 @@ def _points(difference: float) -> str:
     return f"{100 * difference:+.2f}"
 
 
-def _interval(comparison: Comparison) -> str:
-    return f"{_points(comparison.low)} to {_points(comparison.high)}"
+def _interval(low: float | None, high: float | None) -> str:
+    return "" if low is None or high is None else f"{_points(low)} to {_points(high)}"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -72,6 +72,12 @@ class RunResult:
         return self.arm, self.num_labeled, self.seed
 
 
+_AS_BEFORE = (
+    "those of the other runs",
+    "use the data folder the experiment began with, or another --output_dir",
+)
+
+
 @dataclass(frozen=True)
 class Results:
     """All finished runs.
@@ -120,6 +126,15 @@ class Results:
             [[case.mean_dice for case in self.scores[arm, num_labeled, seed]] for seed in seeds]
         )
 
+    def check_test_cases(self, cases: Sequence[str]) -> None:
+        """Refuses other test cases than those of the finished runs, if there are any.
+
+        Raises:
+            InputError: If they are others.
+        """
+        if self.scores and set(cases) != set(self.cases):
+            raise InputError("--data_dir", "test cases", "others", *_AS_BEFORE)
+
     def with_run(
         self, run: RunResult, scores: Sequence[CaseScores], prior: Sequence[CaseScores]
     ) -> Results:
@@ -147,8 +162,7 @@ class Results:
                 continue
             raise InputError(
                 f"run {run.arm}, {count_text(run.num_labeled)} labelled, seed {run.seed}", what,
-                "others", "those of the other runs",
-                "use the data folder the experiment began with, or another --output_dir",
+                "others", *_AS_BEFORE,
             )  # fmt: skip
         empty = RunResult(
             SHAPE_PRIOR, run.num_labeled, run.seed, 0, 0.0, 0.0, 0.0, 0, 0,

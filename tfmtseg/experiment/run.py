@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from tfmtseg.errors import InputError
 from tfmtseg.experiment.estimate import Estimates
-from tfmtseg.experiment.plan import Experiment, Run, steps_made
+from tfmtseg.experiment.plan import THREAD_VARIABLES, Experiment, Run, steps_made
 from tfmtseg.experiment.results import Results, collect, keep_splits
 from tfmtseg.files import lock
 
@@ -171,8 +171,7 @@ def _launch(
 ) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if experiment.threads:
-        names = ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS")
-        environment |= dict.fromkeys(names, str(experiment.threads))
+        environment |= dict.fromkeys(THREAD_VARIABLES, str(experiment.threads))
     with open(experiment.run_directory(run) / "log.txt", "ab") as log:
         return subprocess.Popen(
             [sys.executable, "-c", _LAUNCHER, *command],

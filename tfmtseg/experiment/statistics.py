@@ -96,6 +96,28 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def seed_interval(differences: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the mean over seeds, the test cases taken as given.
+
+    Unlike the bootstrap's, which with few seeds can hardly reach beyond the lowest and the
+    highest of them, it allows for how little a few seeds tell of their spread.
+
+    Args:
+        differences: One of each seed.
+
+    Returns:
+        The lower and the upper end; `None` for one seed.
+
+    Reference:
+        Student, 1908. The probable error of a mean. Biometrika 6(1), 1-25.
+    """
+    if len(differences) < 2:
+        return None
+    half = float(stats.sem(differences) * stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1))
+    mean = float(np.mean(differences))
+    return mean - half, mean + half
+
+
 @lru_cache(maxsize=8)  # nearly all intervals of a report are of the same seeds and cases
 def _draw(
     num_seeds: int, subjects: tuple[str, ...], replicates: int, seed: int

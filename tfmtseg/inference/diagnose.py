@@ -111,7 +111,7 @@ def _contrast(
 ) -> dict[str, float] | None:
     """Loss and accuracies of the contrastive branch; None without one that finds places."""
     branch = run.model.branch
-    if branch is None or branch.learns_from == "labels" or "accuracy" not in branch.shown:
+    if branch is None or not branch.finds_places:
         return None
     config = run.config
     per_batch = config.unlabeled_per_step if config.uses_unlabelled else config.labeled_per_step

@@ -166,8 +166,7 @@ def check_runs(
         if run.regions != first.regions:
             raise InputError(
                 run.directory, "regions", ", ".join(run.regions.names),
-                f"{', '.join(first.regions.names)}, as of {first.directory}",
-                "evaluate them one by one",
+                f"{', '.join(first.regions.names)}, as of {first.directory}", _ONE_BY_ONE,
             )  # fmt: skip
         cases, of_first = getattr(run.splits, split), getattr(first.splits, split)
         if not same_cases:
@@ -305,7 +304,7 @@ def read_run_report(run: Run, split: str, name: str | None = None) -> RunReport:
         result=result,
         summary=_read_summary(directory),
         scores=read_metrics(directory / "metrics.csv", run.regions.names),
-        history=_read_history(run.directory / result.get("history_file", "history.csv")),
+        history=_read_history(run.directory / "history.csv"),
         modality=run.modalities[0],
         read_case=read_case,
     )
@@ -365,7 +364,7 @@ def _fit_shape_prior(
         (_read_truth(run, *pair) for pair in zip(labelled, of_cases, strict=True)),
         [geometry.ras_shape for geometry in of_cases],
         [geometry.spacing_mm for geometry in of_cases],
-        num_labels=1 + max(run.folder.labels),
+        labels=run.folder.labels,
     )
 
 

@@ -30,7 +30,7 @@ class ShapePrior:
         label_maps: Iterable[np.ndarray],
         shapes: Sequence[Sequence[int]],
         spacings_mm: Sequence[Sequence[float]],
-        num_labels: int,
+        labels: Sequence[int],
     ) -> ShapePrior:
         """Takes the vote of `label_maps`.
 
@@ -39,22 +39,23 @@ class ShapePrior:
         the smaller label.
 
         Args:
-            label_maps: At least one `(x, y, z)` array of integers below `num_labels`; each is
-                let go before the next is taken.
+            label_maps: At least one `(x, y, z)` array of `labels`; each is let go before the
+                next is taken.
             shapes: Voxels of each along x, y and z.
             spacings_mm: Voxel size of each.
-            num_labels: How many labels there are, background included.
+            labels: All there are, background 0 included.
         """
         spacing = tuple(np.median(np.array(spacings_mm, np.float64), axis=0).tolist())
         extents_mm = [np.multiply(*pair) for pair in zip(shapes, spacings_mm, strict=True)]
         # The allowance keeps 10 mm / 0.1 mm at 100 voxels.
         shape = np.ceil(np.max(extents_mm, axis=0) / spacing - 1e-6).astype(int)
-        votes = np.zeros((num_labels, *shape), np.uint16)
+        ordered = sorted(labels)
+        votes = np.zeros((len(ordered), *shape), np.uint16)
         for label_map, size in zip(label_maps, spacings_mm, strict=True):
             seen = _resample(label_map, size, shape, spacing)
-            for label in range(num_labels):
-                votes[label] += seen == label
-        return cls(votes.argmax(axis=0).astype(np.uint8), spacing)
+            for index, label in enumerate(ordered):
+                votes[index] += seen == label
+        return cls(np.array(ordered, np.uint8)[votes.argmax(axis=0)], spacing)
 
     def predict(self, shape: Sequence[int], spacing_mm: Sequence[float]) -> np.ndarray:
         """The label map for a volume of this shape and voxel size.

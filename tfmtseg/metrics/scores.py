@@ -109,10 +109,9 @@ def score_case(
         spacing_mm: Voxel size along x, y and z.
         surface_tolerance_mm: That of the surface Dice score.
     """
-    predicted, true = regions.masks(prediction), regions.masks(truth)
     scores = {}
-    for index, name in enumerate(regions.names):
-        pair = predicted[..., index], true[..., index]
+    for name, values in zip(regions.names, regions.members, strict=True):
+        pair = np.isin(prediction, values), np.isin(truth, values)
         distances = SurfaceDistances.between(*pair, spacing_mm)
         scores[name] = RegionScores(
             dice=dice_score(*pair),

@@ -81,6 +81,7 @@ class Branch(keras.layers.Layer):
             `"labels"`, see `Batch`.
         encodes_all: Whether it needs the levels of every volume, labelled or not.
         decodes: Whether it teaches the decoder too.
+        finds_places: Whether it contrasts places of a volume, so that it has `keys`.
         feature_channels: Channels of `features`; 0 for none.
         default_weight: Factor of the loss, where none is given.
     """
@@ -90,6 +91,7 @@ class Branch(keras.layers.Layer):
     learns_from: str
     encodes_all = False
     decodes = False
+    finds_places = False
     feature_channels = 0
     default_weight: float
 
@@ -106,14 +108,14 @@ class Branch(keras.layers.Layer):
         """
         return None
 
-    def keys(self, batch: Batch) -> tf.Tensor | None:
-        """What a contrastive branch has to find, to look at.
+    def keys(self, batch: Batch) -> tf.Tensor:
+        """What a branch that finds places has to find, to look at.
 
         Returns:
             Float32, `(cases, places, length)`, in the order of the volumes the branch
-            learns from; None if nothing is contrasted.
+            learns from.
         """
-        return None
+        raise NotImplementedError
 
     def learn(self, batch: Batch) -> dict[str, tf.Tensor]:
         """One float32 value or several, to be averaged, for each name in `shown`.

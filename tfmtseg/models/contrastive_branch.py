@@ -141,6 +141,7 @@ class ContrastiveBranch(Branch):
 
     prefix = "cpc"
     shown = ("loss", "accuracy", "chance")
+    finds_places = True
     learns_from = "others"
 
     def __init__(

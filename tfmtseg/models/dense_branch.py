@@ -84,6 +84,7 @@ class DenseContrastiveBranch(VoxelContrast):
 
     prefix = "dense"
     shown = ("loss", "accuracy", "chance")
+    finds_places = True
     learns_from = "images"
 
     def __init__(

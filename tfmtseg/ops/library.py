@@ -102,15 +102,6 @@ def uses_gpu() -> bool:
     return bool(tf.config.get_visible_devices("GPU"))
 
 
-def has_cuda() -> bool:
-    """Whether the library has GPU kernels; loads it as `load` does.
-
-    Raises:
-        NativeOpsError: If the library cannot be built or loaded.
-    """
-    return bool(record().architectures)
-
-
 def record() -> Record:
     """What the library says of itself; loads it as `load` does.
 

@@ -21,7 +21,7 @@ from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.training.checkpoint import latest_checkpoint, whole_or_not
 from tfmtseg.training.strategy import anywhere
 
-# Label colours of overlays; a region's colour is the same everywhere in a run.
+# Of labels 1, 2, ... in overlays.
 COLOURS = np.array(
     [[230, 85, 60], [70, 150, 230], [250, 200, 60], [120, 200, 90], [180, 110, 220]], np.float32
 )

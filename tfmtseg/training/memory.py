@@ -8,7 +8,7 @@ from tfmtseg.models.contrastive_branch import grid_shape
 from tfmtseg.models.methods import METHODS
 from tfmtseg.training.config import TrainConfig
 
-START_GB = 0.8  # TensorFlow, this package, graphs, and patches on their way
+START_GB = 1.4  # TensorFlow, this package, graphs, and patches on their way, with room
 # Arrays of the size and width of the first level's features, for each patch of a step, that
 # wait for the gradient or are at work. All levels and branches are counted in, except the
 # contrastive cubes, which the decoder does not see.

@@ -34,13 +34,11 @@ from tfmtseg.compat import keras
 from tfmtseg.data.cache import Record
 from tfmtseg.data.cases import DataFolder
 from tfmtseg.data.check import warn_about_unlabelled_spacing
-from tfmtseg.data.nifti import Geometry
 from tfmtseg.data.pipeline import WHOLE, Share, batch_cases, held_out_batches, training_batches
 from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.files import lock, write_json, write_text
 from tfmtseg.memory import peak_memory_gb
-from tfmtseg.models.blocks import Factors
 from tfmtseg.models.segmenter import Segmenter
 from tfmtseg.ops import library
 from tfmtseg.processor import processor_name
@@ -65,10 +63,14 @@ from tfmtseg.training.optimizers import make_optimizer, make_schedule
 from tfmtseg.training.precision import choose_precision
 from tfmtseg.training.run_data import (
     cache_cases,
+    choose_sizes,
     further_images,
+    median_shape,
+    median_spacing,
     read_folder,
     split_cases,
     training_geometries,
+    with_subjects,
 )
 from tfmtseg.training.run_folder import (
     arrays_of,
@@ -77,13 +79,6 @@ from tfmtseg.training.run_folder import (
     claim_folder,
     origin_of,
     read_origins,
-)
-from tfmtseg.training.sizes import (
-    MAX_CROP,
-    choose_crop,
-    choose_cube,
-    choose_rotation,
-    choose_strides,
 )
 from tfmtseg.training.strategy import (
     LOST,
@@ -120,8 +115,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     directory = Path(config.model_dir)
     # Before other workers wait for this one.
     folder = read_folder(config)
-    if not config.subject_regex:
-        config = dataclasses.replace(config, subject_regex=folder.subject_regex)
+    config = with_subjects(config, folder)
     further = further_images(config, folder)
     splits = split_cases(config, folder, further)
     strategy = make_strategy(config)
@@ -132,9 +126,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
     with alone, lost_workers(strategy):
         records = cache_cases(config, folder, further, splits)
         geometries = training_geometries(folder, further, splits)
-        config = _resolve(as_begun(config, directory), geometries)
+        spacing_mm = median_spacing(geometries)
+        config = _resolve(as_begun(config, directory), spacing_mm, median_shape(geometries))
         config.check()
-        spacing_mm = _median_spacing(geometries)
         claim_folder(config, directory, folder, splits, records)
         if config.flips[0] and folder.regions and (pair := folder.regions.mirror_pair):
             warnings.warn(
@@ -149,7 +143,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             of_cases = zip(splits.unlabeled, geometries[count:], strict=True)
             warn_about_unlabelled_spacing(
                 {name: geometry.spacing_mm for name, geometry in of_cases},
-                _median_spacing(geometries[:count]),
+                median_spacing(geometries[:count]),
             )
         return _train(config, code, strategy, folder, splits, records, spacing_mm)
 
@@ -224,7 +218,6 @@ def _train(
         "processor": processor_name(),
         "code": code,
         "ops_implementation": library.choose(),
-        "history_file": "history.csv",
     }
     if writes(strategy):
         write_json(result_file, result)
@@ -232,40 +225,20 @@ def _train(
     return result
 
 
-def _resolve(config: TrainConfig, geometries: Sequence[Geometry]) -> TrainConfig:
-    """Fills in what is left to us: precision; sizes and rotation, from medians of the data."""
-    spacing_mm = _median_spacing(geometries)
-    median = np.median([geometry.ras_shape for geometry in geometries], axis=0).tolist()
-    strides = config.strides
-    if not config.has_strides:
-        strides = choose_strides(spacing_mm, _known(config.crop, np.minimum(median, MAX_CROP)))
-    crop = _known(config.crop, choose_crop(median, strides))
-    cube_size = _known(config.cube_size, choose_cube(crop, strides))
-    if config.contrast == "dense_across" and np.less(crop, 0.75 * np.array(median)).any():
+def _resolve(
+    config: TrainConfig, spacing_mm: Sequence[float], shape: Sequence[float]
+) -> TrainConfig:
+    """Fills in what is left to us: precision, and sizes from medians of the data."""
+    config = choose_sizes(config, spacing_mm, shape)
+    if config.contrast == "dense_across" and np.less(config.crop, 0.75 * np.array(shape)).any():
         warnings.warn(
-            f"--contrastive_form=dense_across: patches of {crop} are cut anywhere from volumes of "
-            f"{tuple(median)} voxels, so that the same place is the same anatomy only in part.",
+            f"--contrastive_form=dense_across: patches of {config.crop} are cut anywhere from "
+            f"volumes of {tuple(shape)} voxels, so that the same place is the same anatomy only "
+            "in part.",
             InputWarning,
             stacklevel=2,
         )
-    config = config.with_unknown(choose_rotation(spacing_mm))
-    return dataclasses.replace(
-        config,
-        strides=strides,
-        crop=crop,
-        cube_size=cube_size,
-        precision=choose_precision(config.precision),
-    )
-
-
-def _median_spacing(geometries: Sequence[Geometry]) -> list[float]:
-    return np.median([geometry.spacing_mm for geometry in geometries], axis=0).tolist()
-
-
-def _known(sizes: Factors, otherwise: Sequence[float]) -> Factors:
-    """`sizes` where they are given, not 0."""
-    x, y, z = (size or int(other) for size, other in zip(sizes, otherwise, strict=True))
-    return x, y, z
+    return dataclasses.replace(config, precision=choose_precision(config.precision))
 
 
 def make_model(config: TrainConfig, regions: Regions) -> Segmenter:

@@ -1,19 +1,30 @@
-"""The cases of a run: where they lie, how they are used, and what is trained on of them."""
+"""The cases of a run: where they lie, how they are used, and the sizes that follow from them."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from tfmtseg.data.cache import Record, build_cache
 from tfmtseg.data.cases import Case, DataFolder, read_case_list, read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry
 from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
 from tfmtseg.errors import InputError, InputErrors, InputWarning
+from tfmtseg.models.blocks import Factors
 from tfmtseg.regions import Regions
 from tfmtseg.training.config import TrainConfig
+from tfmtseg.training.sizes import (
+    MAX_CROP,
+    choose_crop,
+    choose_cube,
+    choose_rotation,
+    choose_strides,
+)
 
 
 def read_folder(config: TrainConfig) -> DataFolder:
@@ -49,6 +60,12 @@ def further_images(config: TrainConfig, folder: DataFolder) -> tuple[Case, ...]:
             for name in twice
         )  # fmt: skip
     return further.cases
+
+
+def with_subjects(config: TrainConfig, folder: DataFolder) -> TrainConfig:
+    """Settings with the folder's own way to find the subject of a case, unless they have one."""
+    regex = config.subject_regex or folder.subject_regex
+    return dataclasses.replace(config, subject_regex=regex)
 
 
 def subject_by(config: TrainConfig) -> Callable[[str], str]:
@@ -131,3 +148,40 @@ def training_geometries(
         return [
             read_geometry(cases[name].images[0]) for name in (*splits.labeled, *splits.unlabeled)
         ]
+
+
+def choose_sizes(
+    config: TrainConfig, spacing_mm: Sequence[float], shape: Sequence[float]
+) -> TrainConfig:
+    """Fills in strides, crop, cubes and rotation where they are left to the data.
+
+    Args:
+        config: The settings.
+        spacing_mm: See `median_spacing`.
+        shape: See `median_shape`.
+    """
+    strides = config.strides
+    if not config.has_strides:
+        strides = choose_strides(
+            spacing_mm, _known(config.crop, np.minimum(shape, MAX_CROP).tolist())
+        )
+    crop = _known(config.crop, choose_crop(shape, strides))
+    cube_size = _known(config.cube_size, choose_cube(crop, strides))
+    config = config.with_unknown(choose_rotation(spacing_mm))
+    return dataclasses.replace(config, strides=strides, crop=crop, cube_size=cube_size)
+
+
+def median_spacing(geometries: Sequence[Geometry]) -> list[float]:
+    """Size of the voxels along x, y, z, in mm."""
+    return np.median([geometry.spacing_mm for geometry in geometries], axis=0).tolist()
+
+
+def median_shape(geometries: Sequence[Geometry]) -> list[float]:
+    """Number of voxels along x, y, z."""
+    return np.median([geometry.ras_shape for geometry in geometries], axis=0).tolist()
+
+
+def _known(sizes: Factors, otherwise: Sequence[float]) -> Factors:
+    """`sizes` where they are given, not 0."""
+    x, y, z = (size or int(other) for size, other in zip(sizes, otherwise, strict=True))
+    return x, y, z

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from tfmtseg.models.blocks import Factors
+from tfmtseg.models.encoder import ISOTROPIC
 
 Strides = tuple[Factors, Factors, Factors]
 
-LEVELS = 3  # at which the encoder makes volumes smaller
 SAME_SPACING = 2.0  # voxels less than this many times as long as the shortest count as equal
 MAX_CROP = 96  # voxels per axis
 MAX_CUBE = 32
@@ -41,7 +41,7 @@ def choose_strides(spacing_mm: Sequence[float], size: Sequence[float]) -> Stride
     """
     spacing, left = np.array(spacing_mm, np.float64), np.array(size)
     strides = []
-    for _ in range(LEVELS):
+    for _ in ISOTROPIC:  # as many levels as make volumes smaller
         long_enough = left >= 4
         shortest = spacing[long_enough].min(initial=np.inf)
         # Headers hold float32: what is written as twice may read a little less.
