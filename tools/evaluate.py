@@ -50,10 +50,11 @@ def _evaluate() -> None:
         summary = evaluate(
             model_dir,
             split,
-            _MAX_MEMORY_GB.value,
-            _FLIPS.value,
-            _SURFACE_TOLERANCE_MM.value,
-            *places,
+            max_memory_gb=_MAX_MEMORY_GB.value,
+            flips=_FLIPS.value,
+            surface_tolerance_mm=_SURFACE_TOLERANCE_MM.value,
+            data_dir=_DATA_DIR.value,
+            allow_root=_ALLOW_ROOT.value,
         )
         _print_means(summary)
         print(f"{'shape prior: dice_mean':28} {summary['shape_prior']['mean_dice']:.4f}")

@@ -4,8 +4,9 @@ import shutil
 
 import nibabel as nib
 import numpy as np
+import pytest
 
-from tfmtseg.data.check import check_data_folder
+from tfmtseg.data.check import _is_far, check_data_folder
 from tfmtseg.regions import Regions
 
 
@@ -134,3 +135,13 @@ def test_real_broken_cases(folder, shared_data):
     assert "training[1].image is ./imagesTr/hippocampus_010.nii.gz, missing" in texts[0]
     assert "training[3].label is ./labelsTr/hippocampus_118.nii.gz, missing" in texts[1]
     assert "labelsTr/hippocampus_001.nii.gz: shape is (512, 512, 94), must be (" in texts[2]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "far"),
+    [((1, 1, 0.45), True), ((1, 1, 0.55), False), ((2.1, 1, 1), True), ((1.9, 1, 1), False)],
+)
+def test_voxels_far_from_the_usual_size(ratios, far):
+    """More than twice as long along an axis, or less than half."""
+    usual = (0.8, 1.0, 3.0)
+    assert _is_far([ratio * size for ratio, size in zip(ratios, usual, strict=True)], usual) == far

@@ -358,3 +358,38 @@ def test_the_cases_of_a_batch_have_names(labelled, unlabelled):
         # The first channel is the case's number, and BACKGROUND outside.
         seen = [f"case{round(float(image[..., 0].max()))}" for image in images.numpy()]
         assert batch_cases(labelled, unlabelled, step, **per_step, seed=3) == seen
+
+
+def test_image_and_label_are_moved_alike(tmp_path):
+    """An image that is its own label, turned, zoomed, bent and flipped."""
+    label = np.zeros(SIZE, np.uint8)
+    label[4:11, 3:9, 2:7] = 1
+    arrays = {
+        "image": label[..., None].astype(np.int16),
+        "label": label,
+        "foreground": foreground_voxels(label, seed=0),
+    }
+    for kind, array in arrays.items():
+        np.save(tmp_path / f"{kind}.npy", array)
+    record = Record(
+        name="case",
+        directory=tmp_path,
+        files={kind: f"{kind}.npy" for kind in arrays},
+        foreground_labels=(1,),
+        scale=np.ones(1, np.float32),
+        offset=np.zeros(1, np.float32),
+        background=np.zeros(1, np.float32),
+        geometry=Geometry.from_affine(SIZE, np.diag([1.0, 1.0, 3.0, 1.0])),
+    )
+    spatial = Augmentation(
+        elastic_probability=1.0, gamma=1.0, gain=0.0, shift=0.0, noise=0.0, blur_probability=0.0
+    )
+    data = patches(
+        [record], CROP, tf.data.Dataset.range(8), augmentation=spatial,
+        foreground_probability=0.0, seed=0,
+    )  # fmt: skip
+    for image, moved, _ in data.as_numpy_iterator():
+        # Of eight voxels around a place, the nearest has at least an eighth of the weight.
+        np.testing.assert_array_equal(moved[image[..., 0] > 7 / 8], 1)
+        np.testing.assert_array_equal(moved[image[..., 0] < 1 / 8], 0)
+        assert 0.02 < moved.mean() < 0.98

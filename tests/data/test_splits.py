@@ -121,6 +121,16 @@ class TestMakeSplits:
             )  # fmt: skip
         assert NAMES[1] not in splits.unlabeled
 
+    def test_other_side_of_a_development_subject_is_left_out(self):
+        drawn, *_ = make_splits(NAMES, num_development=5).development
+        with pytest.warns(InputWarning, match=r"1 cases are left out.*: again"):
+            splits = make_splits(
+                NAMES, ["again"], num_development=5,
+                subject=lambda name: drawn if name == "again" else name,
+            )  # fmt: skip
+        assert drawn in splits.development
+        assert "again" not in splits.unlabeled
+
     def test_lists(self):
         splits = self.make(labeled_list=[NAMES[5], NAMES[2]], test_list=NAMES[:2], num_labeled=0)
         assert splits.labeled == (NAMES[5], NAMES[2])

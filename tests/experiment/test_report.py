@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from tfmtseg.errors import InputError
-from tfmtseg.experiment.claims import Contest
+from tfmtseg.experiment.claims import Comparison, Contest
 from tfmtseg.experiment.report import write_report
 from tfmtseg.experiment.results import Results
-from tfmtseg.experiment.statistics import holm, wilcoxon_p
+from tfmtseg.experiment.statistics import bootstrap_interval, holm, wilcoxon_p
 
 GAINS = {"encdec": 0.0, "cpcseg": 0.01, "sscpcseg": 0.05, "bcp": 0.01, "bcpcpcseg": 0.02}
 
@@ -255,9 +255,46 @@ def test_comparisons(report, make_results):
     corrected = holm([float(row["p"]) for row in at_steps])
     assert [float(row["p_holm"]) for row in at_steps] == pytest.approx(corrected)
     by_key = {(r["arm"], r["reference"], r["num_labeled"]): r["p_holm"] for r in at_steps}
-    for row in found:
-        assert row["p_holm"] == by_key[row["arm"], row["reference"], row["num_labeled"]]
-    assert float(row["low"]) < 0.01 < float(row["high"])
+    for each in found:
+        assert each["p_holm"] == by_key[each["arm"], each["reference"], each["num_labeled"]]
+    # Two cases each of 20 subjects: 20 independent ones, and not 40.
+    subjects = [case.split("_")[0] for case in results.cases]
+    assert (float(row["low"]), float(row["high"])) == bootstrap_interval(difference, subjects)
+    (scores,) = (
+        each for each in rows(folder / "table.csv")
+        if (each["arm"], each["num_labeled"]) == ("bcp", "all")
+    )  # fmt: skip
+    interval = bootstrap_interval(results.dice("bcp", 0, range(3)), subjects)
+    assert (float(scores["dice_low"]), float(scores["dice_high"])) == interval
+
+
+@pytest.mark.parametrize(
+    ("low", "p", "p_holm", "gain"),
+    [
+        (0.001, 0.01, 0.04, True),
+        (0.001, 0.03, 0.06, False),  # not after the correction
+        (-0.001, 0.005, 0.01, False),  # not by its interval
+        (0.001, 0.01, None, False),  # too few seeds
+    ],
+)
+def test_a_gain_is_shown_by_interval_and_corrected_test(low, p, p_holm, gain):
+    comparison = Comparison(
+        arm="bcp", reference="encdec", num_labeled=3, reference_num_labeled=3, seeds=3,
+        difference=0.02, by_seed=(0.02,) * 3, low=low, high=0.04, low_seeds=0.01,
+        high_seeds=0.03, p=p, p_holm=p_holm, time_ratio=2.0,
+    )  # fmt: skip
+    assert comparison.is_gain == gain
+
+
+@pytest.mark.parametrize(("seconds", "equal"), [(8.7, True), (9.5, False)])
+def test_times_that_are_equal(seconds, equal, make_experiment, make_results):
+    """Against 8 s: a tenth more at most."""
+    experiment = make_experiment("encdec", "cpcseg", few=(3,))
+    results = make_results({"encdec": 0, "cpcseg": 0.1}, counts=(3,), num_seeds=1,
+                           cpu_seconds={"cpcseg": seconds})  # fmt: skip
+    contest = Contest(experiment, results)
+    assert bool(contest.equal_time) == equal
+    assert bool(contest.lacking) != equal
 
 
 def test_equal_time(report):

@@ -154,6 +154,20 @@ def test_scores(evaluated):
     assert [row["empty_prediction_blob"] for row in rows] == ["0", "0"]
 
 
+def test_a_mask_that_is_empty_is_the_truth_or_the_prediction(make_run, data):
+    """The scores are symmetric; these columns are not."""
+    label = nib.load(data / "labelsTr/half.nii.gz")
+    nothing = nib.Nifti1Image(np.zeros(SHAPE, np.uint8), label.affine)
+    nib.save(nothing, data / "labelsTr/half.nii.gz")  # though a blob is seen
+    directory = make_run()
+    with pytest.warns(InputWarning, match="every label is background"):
+        summary = evaluate(directory)
+    assert summary["empty_truth"] == {"blob": 1}
+    with (directory / "evaluation/test/metrics.csv").open() as file:
+        _, half = csv.DictReader(file)
+    assert (half["empty_prediction_blob"], half["empty_truth_blob"]) == ("0", "1")
+
+
 def test_shape_prior(evaluated):
     """The one labelled blob lies one voxel beside both truths: 3 of 4 slices overlap."""
     _, summary = evaluated

@@ -30,7 +30,10 @@ def batch(labeled: list[int], seed: int = 0) -> tuple[tf.Tensor, tf.Tensor, tf.T
 @pytest.fixture(scope="module")
 def built() -> tuple[Segmenter, list[np.ndarray]]:
     keras.utils.set_random_seed(3)
-    model = Segmenter(regions=2, method="bcp", width=8, dropout=0.0, teacher_start=START, seed=4)
+    model = Segmenter(
+        regions=2, method="bcp", width=8, dropout=0.0, teacher_start=START, seed=4,
+        teacher_momentum=0.7, pseudo_label_weight=0.25,
+    )  # fmt: skip
     model.build((None, *CROP, 1))
     model.compile(optimizer=keras.optimizers.SGD(0.1))
     model.optimizer.build(model.trainable_variables)
@@ -85,7 +88,7 @@ def test_mixed_patches_by_hand(model, labeled, updates):
     logits = model(mixed).numpy()
     loss = SegmentationLoss(model.regions).call  # tested on its own
     per_patch = loss(targets, logits, np.float32(masks)).numpy()
-    per_patch += (0.5 if taught else 1.0) * loss(targets, logits, np.float32(~masks)).numpy()
+    per_patch += (0.25 if taught else 1.0) * loss(targets, logits, np.float32(~masks)).numpy()
 
     shown = losses(model, data)
     # Float32 sums over 1,000 voxels.
@@ -150,11 +153,11 @@ def test_the_teacher_follows_each_update(model):
     old = values(model.teacher.weights)
     model.train_step(batch([1, 0]))
     student = [*model.encoder.weights, *model.decoder.weights, *model.head.weights]
-    # Three updates before this one: a momentum of 1 - 1/4.
+    # Three updates before this one: 1 - 1/4 would be more than the momentum asked for.
     for ours, before, target in zip(
         values(model.teacher.weights), old, values(student), strict=True
     ):
-        np.testing.assert_allclose(ours, 0.75 * before + 0.25 * target, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(ours, 0.7 * before + 0.3 * target, rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_draws_the_same_masks_each_time(model):
@@ -181,3 +184,20 @@ def test_encoder_and_decoder_start_as_without_a_teacher():
         model.build((None, *CROP, 1))
         weights.append(values(model.trainable_variables))
     assert not moved(*weights)
+
+
+def test_mixed_patches_have_dropout(monkeypatch):
+    """A fifth of the values that they are encoded with is zero."""
+    model = Segmenter(regions=2, method="bcp", width=8, dropout=0.2, teacher_start=START, seed=4)
+    model.build((None, *CROP, 1))
+    seeds = []
+    encode = type(model.encoder).call
+
+    def watch(layer, images, seed=None):
+        seeds.append(seed)
+        return encode(layer, images, seed=seed)
+
+    monkeypatch.setattr(type(model.encoder), "call", watch)
+    model._forward(batch([1, 1]), training=True)
+    assert len(seeds) == 2  # the patches themselves, and the mixed ones
+    assert None not in seeds

@@ -104,3 +104,25 @@ def test_config_round_trip(survives_config):
     values = {"width": 3, "strides": THICK, "across_cases": True, "negatives": "batch"}
     again = survives_config(DenseContrastiveBranch, **values)
     assert (again.strides, again.across_cases, again.negatives) == (THICK, True, "batch")
+
+
+def test_views_have_intensities_of_their_own():
+    """Gain, shift and noise of a standard deviation of .1, drawn for each view and volume."""
+    branch = DenseContrastiveBranch(1)
+    shape = (2, 8, 8, 8, 1)  # no room for views at different places
+    branch.build((None, *shape[1:]))
+    images = tf.random.stateless_normal(shape, [0, 1])
+    views = []
+    branch(
+        images,
+        describe=lambda view, i: views.append(view.numpy()) or view,
+        seed=Seed(tf.constant([1, 2])),
+    )
+    gains = set()
+    for view in views:
+        for before, after in zip(images.numpy().reshape(2, -1), view.reshape(2, -1), strict=True):
+            gain, shift = np.polyfit(before, after, 1)
+            # 512 draws: the standard deviation of theirs is 3 % of it.
+            assert np.std(after - gain * before - shift) == pytest.approx(0.1, rel=0.15)
+            gains.add(round(float(gain), 3))
+    assert len(gains) == 4

@@ -132,6 +132,23 @@ def test_dropout_zeroes_a_fifth_after_the_first_convolution(images):
     np.testing.assert_array_equal(off(images, seed=Seed(tf.constant([0, 1])))["h0"], before)
 
 
+def test_decoder_by_its_layers():
+    """Each level: fewer channels, twice the size, plus the encoder's features, then a block."""
+    decoder = Decoder(8)
+    random = np.random.default_rng(0)
+    levels = {
+        name: tf.constant(random.normal(size=(1, *(8 // 2**i,) * 3, 8 * 2**i)), tf.float32)
+        for i, name in enumerate(LEVELS)
+    }
+    result = decoder(levels)
+    expected = levels["h3"]
+    for i in (2, 1, 0):
+        up = decoder.upsample[i](decoder.reduce[i](expected))
+        expected = decoder.blocks[i](up + levels[f"h{i}"])
+    # The same float32 arithmetic; threads may sum in another order.
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_skip_connections_are_sums():
     # Without residual blocks and bottleneck (zeros), the decoder passes on the sum of
     # the skip connections, brought to full size.

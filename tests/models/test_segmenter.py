@@ -226,6 +226,18 @@ def test_the_branch_learns_from_the_unlabelled_where_there_are_any(model):
     assert cpc_loss(images, both) != pytest.approx(cpc_loss(with_other_labelled, both), rel=1e-3)
 
 
+def test_cubes_are_augmented_in_training_alone(model):
+    other = make(augment_cubes=True)
+    other.build((None, *CROP, 1))
+    other.set_weights(model.get_weights())
+
+    def cpc_loss(model, training):
+        return float(model._forward(batch([1, 0]), training=training)[1]["cpc_loss"])
+
+    assert cpc_loss(other, False) == pytest.approx(cpc_loss(model, False), rel=1e-5)
+    assert cpc_loss(other, True) != pytest.approx(cpc_loss(model, True), rel=1e-3)
+
+
 def test_the_variational_branch_learns_from_all_volumes_in_one_pass():
     """Labelled and unlabelled alike; the encoder sees every volume once."""
     model = compiled("ssvaeseg", dropout=0.0)

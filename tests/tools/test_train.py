@@ -157,9 +157,12 @@ def test_folds_and_their_ensemble(data, tmp_path, call):
     assert "must be of those of" in done.stderr
     assert not report.exists()
     assert not any((run / "evaluation").exists() for run in runs)
-    done = call_afresh("evaluate", both)
+    done = call_afresh("evaluate", both, "--test_time_flips", "--surface_tolerance_mm=3.5")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "All 2 runs, 3 cases" in done.stdout
+    for run in runs:
+        summary = json.loads((run / "evaluation/test/summary.json").read_text())
+        assert (summary["test_time_flips"], summary["surface_tolerance_mm"]) == (True, 3.5)
     tested = [(run / "splits/test.txt").read_text().split() for run in runs]
     assert sorted([*tested[0], *tested[1]]) == ["PHANTOM_001", "PHANTOM_002", "PHANTOM_003"]
     done = call_afresh(

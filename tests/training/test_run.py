@@ -134,6 +134,22 @@ def test_run_folder(opened):
     assert result["num_test"] == 2
 
 
+def test_weights_that_are_kept_are_the_averages(opened):
+    """Those of the optimizer in the last checkpoint, and not the weights beside them."""
+    run, _ = opened
+    reader = tf.train.load_checkpoint(str(run.directory / "checkpoints"))
+    saved = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    kernels = [w for w in map(np.asarray, run.model.trainable_weights) if w.ndim == 5]
+    places = {
+        name
+        for kernel in kernels
+        for name, array in saved.items()
+        if np.shape(array) == kernel.shape and np.array_equal(array, kernel)
+    }
+    assert len(places) == len(kernels)
+    assert all("optimizer" in place for place in places), places
+
+
 def test_the_same_command_again_changes_nothing(opened, phantoms):
     run, _ = opened
     before = (run.directory / "result.json").stat().st_mtime_ns
