@@ -22,6 +22,13 @@ def test_majority_by_hand():
     np.testing.assert_array_equal(prior.predict((3, 1, 1), (1, 1, 1)).ravel(), [0, 1, 2])
 
 
+def test_labels_with_gaps():
+    maps = [np.array(row, np.uint8).reshape(-1, 1, 1) for row in ([255, 0, 7], [255, 7, 255])]
+    prior = ShapePrior.fit(iter(maps), [(3, 1, 1)] * 2, [(1, 1, 1)] * 2, labels=(255, 0, 7))
+    np.testing.assert_array_equal(prior.atlas.ravel(), [255, 0, 7])
+    assert prior.atlas.dtype == np.uint8
+
+
 def test_a_tie_goes_to_the_smaller_label():
     maps = [np.full((1, 1, 1), label, np.uint8) for label in (2, 1)]
     assert fit(maps, [(1, 1, 1)] * 2).predict((1, 1, 1), (1, 1, 1)).item() == 1

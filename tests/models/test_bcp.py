@@ -187,7 +187,7 @@ def test_encoder_and_decoder_start_as_without_a_teacher():
 
 
 def test_mixed_patches_have_dropout(monkeypatch):
-    """A fifth of the values that they are encoded with is zero."""
+    """The encoder gets a seed for them, without which it drops nothing."""
     model = Segmenter(regions=2, method="bcp", width=8, dropout=0.2, teacher_start=START, seed=4)
     model.build((None, *CROP, 1))
     seeds = []

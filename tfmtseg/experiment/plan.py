@@ -516,7 +516,7 @@ def plan_runs(
     ]
     for run in runs:
         experiment.config(run).check()
-        experiment.splits(run)
+        experiment.splits(run)  # for what it raises
         experiment.sized(run).check()
     return runs
 
