@@ -40,7 +40,7 @@ def prepare(folder: Path, setting: str, fixed: bool):
     import tfmtseg  # noqa: I001  before tensorflow
 
     from tfmtseg.data.cache import build_cache
-    from tfmtseg.data.cases import read_data_folder
+    from tfmtseg.data.folder import read_data_folder
     from tfmtseg.data.pipeline import training_batches
     from tfmtseg.training.config import TrainConfig
     from tfmtseg.training.optimizers import make_optimizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +151,10 @@ class Regions:
             min(set(values) - set(inner))
             for values, inner in zip(self.members, smaller, strict=True)
         )
+
+    def labels_beside(self, declared: Iterable[int]) -> list[int]:
+        """The labels of the regions that are not among those declared, in order."""
+        return sorted(set().union(*self.members) - set(declared))
 
     def masks(self, label_map: np.ndarray) -> np.ndarray:
         """Region masks of a label map.

@@ -15,7 +15,7 @@ from typing import Any
 from absl import app, flags
 
 from tfmtseg.console import BAD_SYSTEM, command, flags_only, report_problems
-from tfmtseg.data.cases import peek_data_folder
+from tfmtseg.data.folder import peek_data_folder
 from tfmtseg.training.checkpoint import latest_checkpoint
 from tfmtseg.training.config import TrainConfig, find_preset, read_settings
 from tfmtseg.training.run import train

@@ -11,7 +11,8 @@ import pytest
 
 from tfmtseg.data import cache, preprocess
 from tfmtseg.data.cache import build_cache, foreground_voxels
-from tfmtseg.data.cases import Case, read_data_folder
+from tfmtseg.data.cases import Case
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.nifti import read_image
 from tfmtseg.errors import InputErrors
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tfmtseg.data.cases import read_data_folder
 from tfmtseg.data.check import check_data_folder
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.nifti import read_image, read_label
 from tfmtseg.data.phantom import make_phantom, write_phantoms
 

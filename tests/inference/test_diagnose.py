@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 from tfmtseg.compat import keras
-from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.phantom import write_phantoms
 from tfmtseg.data.splits import Splits
 from tfmtseg.inference import diagnose as diagnose_module

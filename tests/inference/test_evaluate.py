@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfmtseg.data.cases import read_data_folder
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry
 from tfmtseg.data.preprocess import Normalized
 from tfmtseg.data.splits import Splits

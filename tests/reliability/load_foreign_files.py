@@ -26,7 +26,8 @@ import tensorflow as tf
 
 from tfmtseg.compat import keras
 from tfmtseg.data.cache import Record, build_cache
-from tfmtseg.data.cases import Case, read_case_list, read_data_folder
+from tfmtseg.data.cases import Case, read_case_list
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.nifti import read_image
 from tfmtseg.data.phantom import MODALITIES, write_phantoms
 from tfmtseg.data.splits import Splits, make_splits

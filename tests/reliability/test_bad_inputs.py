@@ -14,8 +14,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tfmtseg.data.cases import Case, read_data_folder
+from tfmtseg.data.cases import Case
 from tfmtseg.data.check import check_data_folder
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.nifti import read_image, read_label, write_label_map
 from tfmtseg.data.preprocess import normalize
 from tfmtseg.inference.predict import predict_case

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tfmtseg.data.cases import scan_data_folder
+from tfmtseg.data.folder import scan_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_image
 from tfmtseg.errors import InputError, InputWarning
 

@@ -138,7 +138,7 @@ PROMISES = {
         "Nothing outside the data folder is read.",
         "Seven paths out of it (.., absolute, an address, links), refused without being opened; "
         "links, and only links, may lead into the folder that --allow_root names.",
-        (f"{PYTEST} tests/data/test_cases.py::TestConfinement",),
+        (f"{PYTEST} tests/data/test_folder.py::TestConfinement",),
     ),
     12: Promise(
         "No file runs code.",

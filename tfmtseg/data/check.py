@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from tfmtseg.data.cases import Case, scan_data_folder
+from tfmtseg.data.cases import Case
+from tfmtseg.data.folder import scan_data_folder
 from tfmtseg.data.nifti import Volume, read_geometry, read_image, read_label, size_text
 from tfmtseg.data.preprocess import normalize
 from tfmtseg.errors import InputError, InputWarning

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from tfmtseg.data.cases import read_case_list, read_text, write_case_list
+from tfmtseg.data.cases import read_case_list, write_case_list
+from tfmtseg.data.layouts.root import read_text
 from tfmtseg.errors import InputError, InputWarning
 
 

@@ -24,7 +24,8 @@ from typing import Any
 
 import yaml
 
-from tfmtseg.data.cases import Case, DataFolder, peek_data_folder
+from tfmtseg.data.cases import Case, DataFolder
+from tfmtseg.data.folder import peek_data_folder
 from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError
 from tfmtseg.files import read_rows, write_text

@@ -12,8 +12,9 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from tfmtseg.data.cases import Case, DataFolder, read_data_folder
+from tfmtseg.data.cases import Case, DataFolder
 from tfmtseg.data.check import warn_about_spacing
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry, read_image, write_label_map
 from tfmtseg.data.preprocess import WORKING_BYTES, Normalized, normalize
 from tfmtseg.errors import InputError, InputErrors

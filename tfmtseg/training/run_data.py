@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from tfmtseg.data.cache import Record, build_cache
-from tfmtseg.data.cases import Case, DataFolder, read_case_list, read_data_folder
+from tfmtseg.data.cases import Case, DataFolder, read_case_list
+from tfmtseg.data.folder import read_data_folder
 from tfmtseg.data.nifti import Geometry, read_geometry
 from tfmtseg.data.splits import Splits, make_splits, read_groups, subject_of
 from tfmtseg.errors import InputError, InputErrors, InputWarning

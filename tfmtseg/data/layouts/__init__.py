@@ -1,0 +1,1 @@
+"""The layouts of data folders, one per file; `tfmtseg.data.folder` tells them apart."""
