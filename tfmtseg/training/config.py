@@ -137,20 +137,28 @@ class TrainConfig:
         "Largest rotation about x, y, z; below 0: 15, but 0 where it would turn thick slices out "
         "of their plane.",
     )
-    scale: float = _setting(1.15, "Largest zoom factor.")
-    elastic_voxels: float = _setting(0.7, "Strength of elastic deformation.")
-    elastic_probability: float = _setting(0.3, "Fraction of patches deformed elastically.")
+    scale: float = _setting(Augmentation.scale, "Largest zoom factor.")
+    elastic_voxels: float = _setting(
+        Augmentation.elastic_voxels, "Strength of elastic deformation."
+    )
+    elastic_probability: float = _setting(
+        Augmentation.elastic_probability, "Fraction of patches deformed elastically."
+    )
     flips: tuple[bool, bool, bool] = _setting(
-        (True, True, True),
+        Augmentation.flips,
         "Whether x, y, z may be mirrored. Off where anatomy has one side; x, left to right, also "
         "where regions are told apart by side.",
     )
-    gamma: float = _setting(1.5, "Largest exponent of the intensity curve.")
-    gain: float = _setting(0.1, "Largest relative change of contrast.")
-    shift: float = _setting(0.1, "Largest shift of intensity, in standard deviations.")
-    noise: float = _setting(0.1, "Largest standard deviation of noise.")
-    blur_voxels: float = _setting(0.8, "Largest standard deviation of blur.")
-    blur_probability: float = _setting(0.2, "Fraction of patches blurred.")
+    gamma: float = _setting(Augmentation.gamma, "Largest exponent of the intensity curve.")
+    gain: float = _setting(Augmentation.gain, "Largest relative change of contrast.")
+    shift: float = _setting(
+        Augmentation.shift, "Largest shift of intensity, in standard deviations."
+    )
+    noise: float = _setting(Augmentation.noise, "Largest standard deviation of noise.")
+    blur_voxels: float = _setting(Augmentation.blur_voxels, "Largest standard deviation of blur.")
+    blur_probability: float = _setting(
+        Augmentation.blur_probability, "Fraction of patches blurred."
+    )
 
     strategy: str = _setting(
         "auto",
