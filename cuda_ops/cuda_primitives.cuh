@@ -37,7 +37,10 @@ int Launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_b
   if (shared_bytes > kWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) {
+      cudaGetLastError();  // else the next launch would report it again
+      return error;
+    }
   }
   kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
   return cudaGetLastError();

@@ -342,14 +342,9 @@ int Run(CUstream_st* stream, const InfoNceArguments& arguments, bool with_gradie
 
 size_t InfoNceWorkspaceSize(const InfoNceArguments& arguments, bool with_gradients) {
   if (!IsValid(arguments)) return 0;
-  if (arguments.engine != Engine::kAuto) {
-    return MakePlan(arguments, arguments.engine, with_gradients).size;
-  }
-  size_t size = MakePlan(arguments, Engine::kScalar, with_gradients).size;
-  if (arguments.d > kWidestTensorCoreRow) return size;
-  const Engine other =
-      arguments.type == DataType::kFloat32 ? Engine::kSplit : Engine::kTensorCore;
-  return std::max(size, MakePlan(arguments, other, with_gradients).size);
+  Engine engine = arguments.engine;
+  if (engine == Engine::kAuto && ChooseEngine(arguments, &engine) != cudaSuccess) return 0;
+  return MakePlan(arguments, engine, with_gradients).size;
 }
 
 int InfoNceForward(CUstream_st* stream, const InfoNceArguments& arguments, float* loss,

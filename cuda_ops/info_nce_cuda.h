@@ -53,9 +53,10 @@ struct InfoNceArguments {
 };
 
 // Bytes of workspace the launchers below need, 256-byte aligned; `with_gradients` is false for
-// InfoNceForward only. Asks no device. 0 if the arguments are invalid. Depends on the addresses of
-// queries and keys: where kTensorCore would read them as they are and one of them is not 16-byte
-// aligned, such as a slice of rows, both are copied.
+// InfoNceForward only. 0 if the arguments are invalid, or with kAuto where there is no device: that
+// one asks the current device, as the launchers do. Depends on the addresses of queries and keys:
+// where kTensorCore would read them as they are and one of them is not 16-byte aligned, such as a
+// slice of rows, both are copied.
 //
 // The first int32 of the workspace is the error flag: once the stream has finished it is 0, or 1
 // if some positive was neither -1 nor a row of keys. Such a row counts as one without positive.

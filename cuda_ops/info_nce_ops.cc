@@ -54,7 +54,8 @@ queries: `[n, d]`, compared as they are.
 keys: `[m, d]`.
 temperature: Positive, a scalar.
 positives: `[n]`. The row of `keys` that each query has to find, a negative number for none; with
-  `by_label`, the query's label.
+  `by_label`, the query's label. A row beyond `keys` is an error on CPU; on GPU, where nothing waits
+  for the device to report it, it counts as none.
 key_labels: `[m]` with `by_label`: keys of the query's label are its positives. Else empty.
 query_ids: `[n]` with `has_ids`: pairs of equal ids are left out, explicit positives excepted. Else
   empty.

@@ -212,36 +212,53 @@ __global__ void __launch_bounds__(kTensorCoreThreads, 2) TensorCoreSweepKernel(S
           for (int h = 0; h < 4; ++h) output[b][h] *= correction[h / 2];
         }
       }
-#pragma unroll
+      // With kSplit a loop: unrolled, more products are under way at once than registers hold.
+#pragma unroll(kSplit ? 1 : kStreamed / 16)
       for (int k = 0; k < kStreamed / 16; ++k) {
         uint32_t a[4];
         uint32_t a_low[4];
 #pragma unroll
         for (int h = 0; h < 4; ++h) {
-          const float* const pair = &score[2 * k + h / 2][2 * (h % 2)];
+          const float* const pair = &score[h / 2][2 * (h % 2)];
           a[h] = PackPair<T>(pair[0], pair[1]);
           if constexpr (kSplit) {
             a_low[h] = PackPair<T>(pair[0] - ToFloat(FromFloat<T>(pair[0])),
                                    pair[1] - ToFloat(FromFloat<T>(pair[1])));
           }
         }
+        // The next ones come to where a loop can name them.
+#pragma unroll
+        for (int c = 2; c < kStreamed / 8; ++c) {
+#pragma unroll
+          for (int h = 0; h < 4; ++h) score[c - 2][h] = score[c][h];
+        }
 #pragma unroll
         for (int b = 0; b < kWidth / 16; ++b) {
-          const int row = 16 * k + lane % 16;
-          const int chunk = 2 * b + lane / 16;
+          const unsigned char* const place =
+              Chunk(streamed_tile, kPitch, 16 * k + lane % 16, 2 * b + lane / 16);
           uint32_t right[4];
-          LoadMatricesTransposed(right, Chunk(streamed_tile, kPitch, row, chunk));
+          LoadMatricesTransposed(right, place);
           if constexpr (kSplit) {
             uint32_t right_low[4];
-            LoadMatricesTransposed(
-                right_low, Chunk(streamed_tile + kStreamed * kPitch, kPitch, row, chunk));
-            MultiplyAccumulate<T>(output[2 * b], a, right_low[0], right_low[1]);
-            MultiplyAccumulate<T>(output[2 * b + 1], a, right_low[2], right_low[3]);
-            MultiplyAccumulate<T>(output[2 * b], a_low, right[0], right[1]);
-            MultiplyAccumulate<T>(output[2 * b + 1], a_low, right[2], right[3]);
+            LoadMatricesTransposed(right_low, place + kStreamed * kPitch);
+            // Tensor cores cut what they add, toward zero: a bias that grows with the rows if the
+            // sum stays in them. Added here, each part is rounded.
+            float part[2][4] = {};
+            MultiplyAccumulate<T>(part[0], a, right_low[0], right_low[1]);
+            MultiplyAccumulate<T>(part[1], a, right_low[2], right_low[3]);
+            MultiplyAccumulate<T>(part[0], a_low, right[0], right[1]);
+            MultiplyAccumulate<T>(part[1], a_low, right[2], right[3]);
+            MultiplyAccumulate<T>(part[0], a, right[0], right[1]);
+            MultiplyAccumulate<T>(part[1], a, right[2], right[3]);
+#pragma unroll
+            for (int h = 0; h < 4; ++h) {
+              output[2 * b][h] += part[0][h];
+              output[2 * b + 1][h] += part[1][h];
+            }
+          } else {
+            MultiplyAccumulate<T>(output[2 * b], a, right[0], right[1]);
+            MultiplyAccumulate<T>(output[2 * b + 1], a, right[2], right[3]);
           }
-          MultiplyAccumulate<T>(output[2 * b], a, right[0], right[1]);
-          MultiplyAccumulate<T>(output[2 * b + 1], a, right[2], right[3]);
         }
       }
     }

@@ -29,6 +29,11 @@ void round_trip(int bfloat16, const float* values, int64_t count, uint16_t* bits
   }
 }
 
+// The sums [8] of one row, more `left` [8] times `right` [8, 8].
+void add_products(const float* left, const float (*right)[8], float* sums) {
+  tfmtseg::emulation::AddProducts(left, right, sums);
+}
+
 size_t workspace_size(const InfoNceArguments* arguments, bool with_gradients) {
   return tfmtseg::InfoNceWorkspaceSize(*arguments, with_gradients);
 }

@@ -122,7 +122,7 @@ except RuntimeError as error:
     assert str(error).startswith("no CUDA device: "), error
     print(error)
 arguments = dict(dtype="float32", n=2, m=2, d=2, temperature=0.1, queries=16, keys=16)
-problem = cuda.InfoNce(**arguments, positives=16)
+problem = cuda.InfoNce(**arguments, positives=16, engine="split")
 assert problem.workspace_size(True) > problem.workspace_size(False) > 0
 for wrong, message in [
     ({"positives": None}, "positives: is missing"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -335,6 +337,19 @@ def test_streamed_rows_are_split_over_blocks(library, engine, blocks):
     assert_close(case.forward_backward(library), case.oracle(), tolerance_of(case))
 
 
+@pytest.mark.parametrize(("n", "m"), [(64, 4096), (4096, 64)])
+@pytest.mark.parametrize(("engine", "dtype"), [(SPLIT, FLOAT32), (TENSOR_CORE, BFLOAT16)])
+def test_many_rows_through_one_block(library, n, m, engine, dtype):
+    """Tensor cores cut toward zero: over many rows with a common mean that does not cancel."""
+    keys = 0.44 * rows(m, 64, 1) + 0.9 * rows(1, 64, 2)
+    positives = np.arange(n) % m
+    queries = keys[positives] + 0.5 * rows(n, 64, 3)
+    case = Problem(queries, keys, positives, weights=np.full(n, 1 / n), engine=engine, dtype=dtype)
+    device(library, blocks=1)
+    # The tolerance is the one of few rows: nothing may grow with their number.
+    assert_close(case.forward_backward(library), case.oracle(), tolerance_of(case))
+
+
 def test_gradients_by_finite_differences(library):
     n, m, d, step = 4, 5, 3, 1e-2
     options = {"temperature": 0.5, "query_ids": [0, 1, 2, 3], "key_ids": [9, 0, 1, 7, 7]}
@@ -563,7 +578,13 @@ def test_auto_asks_the_device(library):
     assert same(BFLOAT16, 100, TENSOR_CORE)
     assert not same(FLOAT32, 100, SCALAR)
     assert same(FLOAT32, 257, SCALAR)
+
+    def size(engine):
+        return problem(40, 50, 64, engine=engine, dtype=BFLOAT16).workspace(library, True)[1]
+
+    assert size(AUTO) == size(TENSOR_CORE) < size(SCALAR)
     device(library, major=7)
+    assert size(AUTO) == size(SCALAR)
     assert same(FLOAT32, 100, SCALAR)
     assert same(BFLOAT16, 100, SCALAR)
 
@@ -625,6 +646,41 @@ def test_normalized_rows(library, dtype):
     np.testing.assert_allclose(decode(normalized), unit, rtol=tolerance, atol=1e-6)
     np.testing.assert_allclose(inverse_norms, 1 / norms[:, 0], rtol=1e-6)
     assert relative_error(result, (upstream - unit * along) / norms) < tolerance
+
+
+def cut(value: Fraction, bits: int, largest: Fraction) -> Fraction:
+    """`value` without what is below `bits` bits after the leading one of `largest`."""
+    unit = Fraction(2) ** (math.frexp(largest)[1] - 1 - bits)
+    return math.trunc(value / unit) * unit
+
+
+def test_sums_of_the_emulated_tensor_cores(library):
+    def add(left, right, sums):
+        arrays = [np.array(array, np.float32) for array in (left, right, sums)]
+        library.add_products(*map(pointer, arrays))
+        return arrays[2]
+
+    # By hand: each product is cut by itself, to 2^-24 beside a sum of 1, which then has 2^-23.
+    ones, e = np.ones((8, 8)), 2.0**-24
+    for sizes, after in [([1.9 * e, 1.9 * e], 2 * e), ([e], 0), ([0.9 * e] * 8, 0), ([-e], -e),
+                         ([-0.9 * e] * 8, 0), ([1, -1, e, e], 2 * e)]:  # fmt: skip
+        left = np.pad(np.array(sizes), (0, 8 - len(sizes)))
+        np.testing.assert_array_equal(add(left, ones, np.ones(8)), 1 + after)
+
+    random = np.random.default_rng(0)
+    for scale in 10.0 ** np.arange(-12, 13, 4):
+        left, right = (decode(encode(random.normal(size=s) * scale, BFLOAT16)) for s in (8, (8, 8)))
+        sums = np.float32(random.normal(size=8) * scale)
+        expected = []
+        for column, start in zip(right.T, sums, strict=True):
+            terms = [Fraction(float(start))]
+            terms += [Fraction(a) * Fraction(b) for a, b in zip(left, column, strict=True)]
+            total = sum(cut(term, 24, max(map(abs, terms))) for term in terms)
+            expected.append(float(cut(total, 23, abs(total))))
+        np.testing.assert_array_equal(add(left, right, sums), expected)
+
+    infinite = add(np.ones(8), np.where(np.eye(8), [np.inf] * 4 + [np.nan] * 4, 1), np.ones(8))
+    np.testing.assert_array_equal(infinite, [np.inf] * 4 + [np.nan] * 4)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16])
