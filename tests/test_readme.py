@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,38 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FURTHER = [ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
 
 
-def test_the_examples_run():
+def run_examples(document: Path) -> dict:
+    """What the Python examples of a document leave, run one after the other."""
     names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", README, re.S):
-        exec(compile(code, "README.md", "exec"), names)
+    for code in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.S):
+        exec(compile(code, document.name, "exec"), names)
+    return names
+
+
+def test_the_examples_run():
+    names = run_examples(ROOT / "README.md")
     assert names["loss"] > 0
     assert names["logits"].shape == (4, 32, 32, 32, 2)
     assert set(np.unique(names["label_maps"])) <= {0, 1}
+
+
+def test_the_examples_for_keras_users_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_examples(ROOT / "docs" / "keras.md")
+    assert {"loss", "seg_loss", "cpc_loss", "dice_tumour"} <= set(names["shown"])
+    assert names["value"] > 0
+    # Whoever serves has TensorFlow alone.
+    program = (
+        "import sys, tensorflow as tf\n"
+        "for folder in ('outer', 'served'):\n"
+        "    answer = tf.saved_model.load(folder).signatures['serving_default']\n"
+        "    print(*(value.shape for value in answer(tf.zeros((1, 16, 16, 16, 1))).values()))\n"
+        "assert not any(name.startswith('tfmtseg') for name in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.count("(1, 16, 16, 16, 2)") == 2
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, *FURTHER], ids=lambda path: path.name)

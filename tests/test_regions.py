@@ -83,6 +83,36 @@ def test_label_map_of_exclusive_regions():
     np.testing.assert_array_equal(label_map, [0, 1, 2])
 
 
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (np.full((2, 2), np.nan), "logits: value is NaN"),
+        (np.zeros((2, 3)), "logits: channels are 3, must be 2"),
+    ],
+)
+def test_logits_that_say_nothing(logits, message):
+    with pytest.raises(ValueError, match=message):
+        Regions.exclusive(["a"]).label_map(logits)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2, np.int64(2), ["1", "2"], Regions.exclusive(["1", "2"])],
+    ids=["number", "of NumPy", "names", "regions"],
+)
+def test_whatever_says_what_is_segmented(value):
+    regions = Regions.of(value)
+    assert regions == Regions.exclusive(["1", "2"])
+    assert Regions.of(regions.get_config()) == regions
+    assert Regions.of("brats_msd") == Regions.parse("brats_msd")
+
+
+@pytest.mark.parametrize("value", [0, [], ["a", "a"], "a"])
+def test_what_says_nothing_is_refused(value):
+    with pytest.raises(InputError, match="Fix: "):
+        Regions.of(value)
+
+
 def test_label_map_paints_from_large_to_small():
     yes, no = [0.0, 1.0], [1.0, 0.0]
     logits = np.array(
@@ -174,6 +204,13 @@ def test_largest_components_of_classes():
     result = Regions.exclusive(["a", "b", "c"]).largest_components(label_map)
     np.testing.assert_array_equal(result, expected)
     assert result.dtype == np.uint8
+
+
+def test_largest_components_are_of_one_volume():
+    with pytest.raises(
+        ValueError, match=r"label_map: shape is \(1, 2, 2, 2\), must be \(x, y, z\)"
+    ):
+        Regions.exclusive(["a"]).largest_components(np.zeros((1, 2, 2, 2), int))
 
 
 def test_largest_components_of_nested_regions():

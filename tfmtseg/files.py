@@ -77,7 +77,10 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
             for name in files:
                 _flush(Path(folder, name))
             _flush(Path(folder))
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except OSError as error:  # which names the temporary folder too
+            raise OSError(error.errno, error.strerror, str(path)) from None
         _flush(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -86,6 +86,27 @@ class Regions:
         return cls(tuple(names), tuple((i + 1,) for i in range(len(names))), nested=False)
 
     @classmethod
+    def of(cls, regions: Regions | Mapping[str, Any] | str | Sequence[str] | int) -> Regions:
+        """From whatever says what is segmented.
+
+        Args:
+            regions: A `Regions`, its configuration, a text as of `parse`, the names of labels
+                1, 2, ..., or their number.
+
+        Raises:
+            InputError: If it says nothing that can be segmented.
+        """
+        if isinstance(regions, Regions):
+            return regions
+        if isinstance(regions, Mapping):
+            return cls.from_config(regions)
+        if isinstance(regions, str):
+            return cls.parse(regions)
+        if not isinstance(regions, Sequence):  # NumPy's whole numbers are no int
+            return cls.exclusive([str(i + 1) for i in range(int(regions))])
+        return cls.exclusive(regions)
+
+    @classmethod
     def parse(cls, text: str) -> Regions:
         """Reads a preset's name, or a definition such as `WT=1,2,3;TC=2,3;ET=3`.
 
@@ -178,7 +199,15 @@ class Regions:
 
         Returns:
             The same type and shape.
+
+        Raises:
+            ValueError: If it is not one volume: pieces would go on from one to the next.
         """
+        if np.ndim(label_map) != 3:
+            raise ValueError(
+                f"label_map: shape is {np.shape(label_map)}, must be (x, y, z). Fix: give one "
+                "volume at a time."
+            )
         result = np.zeros_like(label_map)
         kept = np.ones(label_map.shape, bool)
         for values, label in zip(self.members, self.own_labels, strict=True):
@@ -201,7 +230,18 @@ class Regions:
 
         Returns:
             `uint8`, the shape of `logits` without its last axis.
+
+        Raises:
+            ValueError: If the channels are others, or anything is NaN, as a network's logits
+                are after one voxel that is: it would look like background.
         """
+        if np.shape(logits)[-1] != self.num_outputs:
+            raise ValueError(
+                f"logits: channels are {np.shape(logits)[-1]}, must be {self.num_outputs}. Fix: "
+                "give those of a model with these regions."
+            )
+        if np.isnan(logits).any():
+            raise ValueError("logits: value is NaN, must be a number. Fix: look for NaN in images.")
         if not self.nested:
             return np.argmax(logits, axis=-1).astype(np.uint8)
         result = np.zeros(logits.shape[:-1], np.uint8)

@@ -38,9 +38,10 @@ def test_labels_may_have_a_channel_axis():
     labels = random.integers(2, size=(2, 4, 4, 4))
     logits = random.normal(size=(2, 4, 4, 4, 2)).astype(np.float32)
     loss = SegmentationLoss(Regions.exclusive(["a"]))
-    found = loss(labels[..., None], logits)
+    found = loss.call(labels[..., None], logits)
     assert found.shape == (2,)
-    np.testing.assert_array_equal(found, loss(labels, logits))
+    np.testing.assert_array_equal(found, loss.call(labels, logits))
+    np.testing.assert_allclose(loss(labels, logits), np.mean(found), rtol=1e-6)
 
 
 def test_three_classes_by_hand():
@@ -73,7 +74,7 @@ def test_one_value_per_volume():
     random = np.random.default_rng(0)
     labels = random.integers(3, size=(3, 2, 3, 4))
     logits = random.normal(size=(3, 2, 3, 4, 3)).astype(np.float32)
-    loss = SegmentationLoss(Regions.exclusive(["a", "b"]))
+    loss = SegmentationLoss(Regions.exclusive(["a", "b"])).call
     together = loss(labels, logits)
     assert together.shape == (3,)
     apart = [loss(labels[i : i + 1], logits[i : i + 1])[0] for i in range(3)]

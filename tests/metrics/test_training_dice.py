@@ -48,6 +48,9 @@ def test_absent_regions_score_one_and_reset_forgets():
     background[..., 0] = 1
     labels = np.zeros((1, 2, 2, 2), np.int32)
     for _ in range(2):
+        assert np.isnan([float(value) for value in metric.result().values()]).all()
+        metric.update_state(labels, background, [0.0])
+        assert np.isnan([float(value) for value in metric.result().values()]).all()
         metric.update_state(labels, background)
         assert {float(value) for value in metric.result().values()} == {1.0}
         metric.update_state(labels + 1, background)  # region a is missed

@@ -70,8 +70,7 @@ class SegmentationLoss(keras.losses.Loss):
 
     Args:
         regions: A `Regions`, or its configuration.
-        **kwargs: As for every Keras loss. Nothing is averaged over volumes unless a
-            reduction is given.
+        **kwargs: As for every Keras loss.
 
     Call arguments:
         y_true: Integer label map, `(batch, x, y, z)` or `(batch, x, y, z, 1)`.
@@ -80,14 +79,14 @@ class SegmentationLoss(keras.losses.Loss):
             alike; only `call` takes it. The loss of a volume without any weight is 0.
 
     Returns:
-        One value per volume, `(batch,)`.
+        One value per volume, `(batch,)`, before Keras reduces them.
 
     Reference:
         Iwasawa et al., 2020, section 3.2.
     """
 
     def __init__(self, regions: Regions | Mapping[str, Any], **kwargs: Any):
-        super().__init__(**{"name": "segmentation_loss", "reduction": "none", **kwargs})
+        super().__init__(**{"name": "segmentation_loss", **kwargs})
         self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
 
     def call(

@@ -40,7 +40,10 @@ def grid_shape(crop: Sequence[int], cube_size: Sequence[int]) -> Factors:
             half or one that does not divide the crop.
     """
     axes = list(zip(crop, cube_size, strict=True))
-    if any(edge != size and (edge % 2 or size < edge or size % (edge // 2)) for size, edge in axes):
+    if any(
+        edge != size and (edge < 1 or edge % 2 or size < edge or size % (edge // 2))
+        for size, edge in axes
+    ):
         raise InputError(
             "--cube_size", "value", tuple(cube_size),
             f"even, at most the crop {tuple(crop)}, and its half must divide the crop",

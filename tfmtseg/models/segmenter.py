@@ -14,6 +14,7 @@ from tfmtseg.compat import keras
 from tfmtseg.files import atomic_folder
 from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.metrics.training_dice import DiceScore
+from tfmtseg.metrics.volume_mean import VolumeMean
 from tfmtseg.models.blocks import Factors, convolution
 from tfmtseg.models.boundary_branch import BoundaryBranch
 from tfmtseg.models.branch import Batch, Branch, Segmented
@@ -54,8 +55,9 @@ class Segmenter(compat.Model):
     is `negatives="batch"`.
 
     Args:
-        regions: What is segmented: a `Regions`, its configuration, or the number of
-            foreground labels.
+        regions: What is segmented: a `Regions`, its configuration, a text as of
+            `Regions.parse`, the names of labels 1, 2, ..., or their number. Of nested regions,
+            labels outside are background.
         method: A name of `tfmtseg.models.methods.METHODS`.
         width: Channels of the first level, a multiple of 8. 32 in the paper.
         dropout: Fraction of values dropped after the first convolution.
@@ -88,8 +90,8 @@ class Segmenter(compat.Model):
         remat: Whether the gradient computes the features of encoder and decoder again,
             level by level, and the contrastive cubes in parts. It spares memory and
             costs time; values and gradients are as without, but for rounding.
-        seed: Seed of dropout, sampling and mixing. They depend on it and on the number
-            of updates made, and on nothing else.
+        seed: Seed of dropout, sampling and mixing in `fit`. They depend on it and on the
+            number of updates made, and on nothing else.
         **kwargs: As for every Keras model; `dtype="mixed_bfloat16"` or `"mixed_float16"`
             for mixed precision. Weights, statistics of normalisations, head and losses
             are float32 at any.
@@ -97,8 +99,8 @@ class Segmenter(compat.Model):
     Call arguments:
         images: `(batch, x, y, z, modalities)`; each spatial size a multiple of the
             product of the strides (8 by default).
-        training: Whether dropout is on. A model that is not compiled, as in a loop of one's
-            own, takes its masks from TensorFlow's generator (`keras.utils.set_random_seed`).
+        training: Whether dropout is on. The masks of a call, as in a loop of one's own, come
+            from TensorFlow's generator (`keras.utils.set_random_seed`).
 
     Returns:
         Logits, `(batch, x, y, z, regions.num_outputs)`, float32.
@@ -113,7 +115,7 @@ class Segmenter(compat.Model):
 
     Raises:
         ValueError: If the method or the contrastive form is unknown or cannot pretrain,
-            `negatives` does not suit the form, or `teacher_start` is below 1.
+            `negatives` does not suit the form, or a number is out of its range.
 
     Reference:
         Iwasawa, Hirano and Sugawara, 2020,
@@ -122,7 +124,7 @@ class Segmenter(compat.Model):
 
     def __init__(
         self,
-        regions: Regions | Mapping[str, Any] | int,
+        regions: Regions | Mapping[str, Any] | str | Sequence[str] | int,
         method: str = "sscpcseg",
         width: int = 32,
         dropout: float = 0.2,
@@ -143,38 +145,36 @@ class Segmenter(compat.Model):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        if method not in METHODS:
-            raise ValueError(
-                f"method: value is {method!r}, must be one of {', '.join(METHODS)}. "
-                "Fix: change --method."
-            )
-        if contrastive_form not in CONTRASTIVE_FORMS:
-            raise ValueError(
-                f"contrastive_form: value is {contrastive_form!r}, must be one of "
-                f"{', '.join(CONTRASTIVE_FORMS)}. Fix: change --contrastive_form."
-            )
-        if pretraining and not METHODS[method].can_pretrain:
-            able = ", ".join(name for name, values in METHODS.items() if values.can_pretrain)
-            raise ValueError(
-                f"method: value is {method!r}, must be one of {able} for pretraining. "
-                "Fix: change --method."
-            )
+        able, suffix = list(METHODS), ""
+        forms: tuple[str, ...] = CONTRASTIVE_FORMS
+        if pretraining:
+            able = [name for name, values in METHODS.items() if values.can_pretrain]
+            suffix = " for pretraining"
+            if method in able and METHODS[method].branch == "contrastive":
+                forms = UNLABELLED_FORMS
+        for name, value, holds, rule in (
+            ("method", method, method in able, f"one of {', '.join(able)}{suffix}"),
+            (
+                "contrastive_form",
+                contrastive_form,
+                contrastive_form in forms,
+                f"one of {', '.join(forms)}{suffix}",
+            ),
+            ("width", width, width > 0 and width % 8 == 0, "a multiple of 8"),
+            ("dropout", dropout, 0 <= dropout < 1, "in [0, 1)"),
+            ("strides", strides, len(strides) == 3, "of three levels"),
+            ("branch_weight", branch_weight, (branch_weight or 0) >= 0, "0 or more"),
+            ("teacher_momentum", teacher_momentum, 0 <= teacher_momentum < 1, "in [0, 1)"),
+            ("teacher_start", teacher_start, teacher_start >= 1, "1 or more"),
+            ("pseudo_label_weight", pseudo_label_weight, pseudo_label_weight >= 0, "0 or more"),
+        ):
+            if not holds:
+                raise ValueError(
+                    f"{name}: value is {value!r}, must be {rule}. Fix: choose another."
+                )
         kind = METHODS[method].branch
-        if pretraining and kind == "contrastive" and contrastive_form not in UNLABELLED_FORMS:
-            raise ValueError(
-                f"contrastive_form: value is {contrastive_form!r}, which needs labels, must be "
-                f"one of {', '.join(UNLABELLED_FORMS)} for pretraining. "
-                "Fix: change --contrastive_form."
-            )
-        if teacher_start < 1:
-            raise ValueError(
-                f"teacher_start: value is {teacher_start}, must be 1 or more. Fix: choose 1."
-            )
-        if isinstance(regions, int):
-            regions = Regions.exclusive([str(i + 1) for i in range(regions)])
-        elif not isinstance(regions, Regions):
-            regions = Regions.from_config(regions)
-        self.regions = regions
+        cubes = np.broadcast_to(cube_size, 3).tolist()
+        self.regions = regions = Regions.of(regions)
         self.method = method
         self.seed = seed
         self.branch: Branch | None = None
@@ -196,7 +196,7 @@ class Segmenter(compat.Model):
             elif kind == "contrastive":
                 self.branch = ContrastiveBranch(
                     width * 8,
-                    cube_size,
+                    cubes,
                     contrastive_form,
                     predictor_blocks,
                     negatives,
@@ -225,14 +225,14 @@ class Segmenter(compat.Model):
                 self.branch_weight = self.branch.default_weight
             shown += [f"{self.branch.prefix}_{name}" for name in self.branch.shown]
         for name in shown:  # as attributes, so that both Kerases find and reset them
-            setattr(self, f"{name}_tracker", keras.metrics.Mean(name))
+            setattr(self, f"{name}_tracker", VolumeMean(name))
         if not pretraining:
             self.dice = DiceScore(regions)
         self._arguments = {
             "method": method,
             "width": width,
             "dropout": dropout,
-            "cube_size": cube_size if isinstance(cube_size, int) else list(cube_size),
+            "cube_size": cubes,
             "contrastive_form": contrastive_form,
             "predictor_blocks": predictor_blocks,
             "negatives": negatives,
@@ -255,6 +255,7 @@ class Segmenter(compat.Model):
             input_shape: `(batch, x, y, z, modalities)`. The last must be known, and with
                 a variational branch the size, which is that of all later training patches.
         """
+        _check_shape(input_shape)
         shape = (None, None, None, None, input_shape[-1])
         self.encoder.build(shape)
         self.decoder.build(self.encoder.level_shapes(shape))
@@ -327,13 +328,16 @@ class Segmenter(compat.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """See the class."""
-        images = self._check_size(images)
-        levels = self.encoder(images, seed=self._call_seed() if training else None)
+        images = self._check_images(images)
+        levels = self.encoder(images, seed=_any_seed() if training else None)
         features = self._branch_features(levels)
         return self._logits(self.decoder(levels), features)
 
-    def _check_size(self, images: tf.Tensor) -> tf.Tensor:
-        """The images, if of a size that the levels can halve; of one voxel, they would grow."""
+    def _check_images(self, images: tf.Tensor) -> tf.Tensor:
+        """Float images, if of a size that the levels can halve; of one voxel, they would grow."""
+        _check_shape(images.shape)
+        if not images.dtype.is_floating:  # as scanners store them
+            images = tf.cast(images, tf.float32)
         totals = np.prod(self.encoder.strides, axis=0).tolist()
         sizes = images.shape[1:4]
         rule = (
@@ -349,12 +353,6 @@ class Segmenter(compat.Model):
         check = tf.debugging.assert_equal(rest, 0, f"images: size {rule}")
         with tf.control_dependencies([check] if check is not None else []):
             return tf.identity(images)
-
-    def _call_seed(self) -> Seed:
-        """For a call that is no step of our own `fit`, which counts updates."""
-        if getattr(self, "optimizer", None) is not None:
-            return self._seed(0)
-        return Seed(tf.random.uniform((2,), maxval=np.iinfo(np.int32).max, dtype=tf.int32))
 
     def _branch_features(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor | None:
         return None if self.branch is None else self.branch.features(levels)
@@ -394,7 +392,7 @@ class Segmenter(compat.Model):
             metrics need, and how many volumes of the global batch each shown mean is over.
         """
         images, labels, labeled = unpack(data)
-        images = self._check_size(images)
+        images = self._check_images(images)
         if not self.built:  # `fit` on a new model comes here before any call
             self.build(images.shape)
         if self.pretraining:
@@ -438,9 +436,8 @@ class Segmenter(compat.Model):
             }
         elif not self.pretraining:
             levels = branch_levels = encode(annotated, 0, with_label)
-        terms, shown, features = [], {}, None
-        counts = {"loss": whole.count}
-        segmented = []
+        shown, features = {}, None
+        counts, segmented = {}, []
         metrics: dict[str, Any] = dict.fromkeys(("x", "y", "y_pred", "sample_weight"))
         if not self.pretraining:
             features = self._branch_features(levels)
@@ -450,7 +447,6 @@ class Segmenter(compat.Model):
             values = self.segmentation_loss.call(labels, logits)
             shown["seg_loss"] = with_label.share * _mean(values, weights)
             counts["seg_loss"] = with_label.count
-            terms.append(shown["seg_loss"])
             metrics = {"x": annotated, "y": labels, "y_pred": logits, "sample_weight": weights}
         if self.teacher is not None:
             mixing = seed(3, without), seed(4, without) if training else None
@@ -460,7 +456,6 @@ class Segmenter(compat.Model):
             segmented.append(mixed)
             shown["mix_loss"] = without.share * mix_loss
             counts["mix_loss"] = without.count
-            terms.append(shown["mix_loss"])
         if self.branch is not None:
             kind = kinds[self.branch.learns_from]
             batch = Batch(
@@ -481,12 +476,19 @@ class Segmenter(compat.Model):
             for name, value in self.branch.parts(batch).items():
                 shown[f"{prefix}_{name}"] = value
                 counts[f"{prefix}_{name}"] = kind.count
-            # Weight 0 costs a forward pass, to show the loss, but no backward one.
-            if self.branch_weight or self.pretraining:
-                terms.append(self.branch_weight * shown[f"{prefix}_loss"])
         # Not by +, whose order TensorFlow chooses anew in each process.
-        loss = shown["loss"] = tf.add_n(terms)
+        loss = tf.add_n([weight * shown[name] for name, weight in self._terms().items()])
         return loss, replicas.total(shown), metrics, counts
+
+    def _terms(self) -> dict[str, Any]:
+        """The losses that the loss is the sum of, with their weights."""
+        terms: dict[str, Any] = {} if self.pretraining else {"seg_loss": 1.0}
+        if self.teacher is not None:
+            terms["mix_loss"] = 1.0
+        # Weight 0 costs a forward pass, to show the loss, but no backward one.
+        if self.branch is not None and (self.branch_weight or self.pretraining):
+            terms[f"{self.branch.prefix}_loss"] = self.branch_weight
+        return terms
 
     def _mix_loss(
         self,
@@ -565,6 +567,15 @@ class Segmenter(compat.Model):
         for name, value in shown.items():
             # A batch without volumes of a kind has no mean of theirs.
             getattr(self, f"{name}_tracker").update_state(value, sample_weight=counts[name])
+        # Of the means: a mean of sums would depend on which volumes share a batch.
+        terms = [(getattr(self, f"{name}_tracker"), w) for name, w in self._terms().items()]
+        seen = tf.stack([tracker.count > 0 for tracker, _ in terms])
+        means = tf.stack([w * tracker.result() for tracker, w in terms])
+        self.loss_tracker.reset_state()
+        self.loss_tracker.update_state(
+            tf.reduce_sum(tf.where(seen, means, 0.0)),
+            sample_weight=tf.cast(tf.reduce_any(seen), tf.float32),
+        )
         if not self.pretraining:
             self.dice.update_state(metrics["y"], metrics["y_pred"], metrics["sample_weight"])
             # Those of the user's `compile(metrics=...)` know of no weights.
@@ -583,6 +594,10 @@ class Segmenter(compat.Model):
             loss, shown, metrics, counts = self._forward(data, training=True)
             scaled = compat.scale_loss(self.optimizer, loss)
         variables = self.trainable_variables
+        if not variables:
+            raise ValueError(
+                "model: every layer is frozen, one must not be. Fix: set trainable, and compile."
+            )
         gradients = tape.gradient(scaled, variables)
         if self.branch_weight == 0:
             gradients = [
@@ -643,8 +658,9 @@ class Segmenter(compat.Model):
         Keras' own would hold the native ops, which no other program knows, and the size that
         the model was built with. Its `serving_default` takes `images` as `call` does, which
         have to be normalised as those of the training, and returns `logits` and `labels`,
-        `uint8`. Sizes that the strides do not divide are filled up with zeros, the mean of
-        normalised images. For volumes in any units, in windows, see `tools/export.py`.
+        `uint8`. Images with a NaN are refused. Sizes that the strides do not divide are filled
+        up with zeros, the mean of normalised images. For volumes in any units, in windows, see
+        `tools/export.py`.
 
         Args:
             filepath: A new folder.
@@ -657,6 +673,8 @@ class Segmenter(compat.Model):
             raise ValueError("model: it is not built, must be. Fix: call fit or build first.")
 
         def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
+            # A voxel that is none would make all of the volume background.
+            images = tf.debugging.check_numerics(images, "images: values must be finite;")
             size = tf.shape(images)[1:4]
             missing = -size % np.prod(self.encoder.strides, axis=0)
             padding = tf.pad(tf.stack([tf.zeros_like(size), missing], 1), [[1, 1], [0, 0]])
@@ -698,6 +716,19 @@ class Segmenter(compat.Model):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built:
             self.optimizer.build(self.trainable_variables)
+
+
+def _check_shape(shape: Any) -> None:
+    if len(shape) != 5:
+        raise ValueError(
+            f"images: shape is {tuple(shape)}, must be (batch, x, y, z, modalities). Fix: add the "
+            "axis that is missing, as by images[..., None] where there is one modality."
+        )
+
+
+def _any_seed() -> Seed:
+    """For a call that is no step of our own, which alone count updates."""
+    return Seed(tf.random.uniform((2,), maxval=np.iinfo(np.int32).max, dtype=tf.int32))
 
 
 def _overflow_of_any(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | None]:

@@ -17,8 +17,7 @@ def unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             f"dataset: an element is a {type(data).__name__}, must be (images, labels) or "
             "(images, labels, labeled). Fix: change what the dataset yields."
         )
-    images, labels = data[:2]
-    labels = tf.cast(labels, tf.int32)
+    images, labels = (_tensor(*pair) for pair in zip(("images", "labels"), data, strict=False))
     if labels.shape.rank == 5 and labels.shape[-1] == 1:
         labels = labels[..., 0]
     if labels.shape.rank != 4:
@@ -33,7 +32,8 @@ def unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         )
     labeled = data[2] if len(data) == 3 else None
     if labeled is None:  # as `train_on_batch` of Keras 3 gives it
-        return images, labels, tf.ones(tf.shape(images)[:1], tf.bool)
+        labeled = tf.ones(tf.shape(images)[:1], tf.bool)
+        return images, _whole(labels, labeled), labeled
     labeled = tf.cast(labeled, tf.float32)
     if not any(labeled.shape.is_compatible_with(shape) for shape in ([None], [None, 1])):
         raise ValueError(
@@ -47,7 +47,35 @@ def unpack(data: Any) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     )
     check = tf.debugging.assert_equal(labeled * (labeled - 1.0), 0.0, message)
     with tf.control_dependencies([check] if check is not None else []):
-        return images, labels, labeled > 0
+        labeled = labeled > 0
+    return images, _whole(labels, labeled), labeled
+
+
+def _tensor(name: str, value: Any) -> tf.Tensor:
+    try:
+        tensor = tf.convert_to_tensor(value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name}: is a {type(value).__name__}, must be one tensor. Fix: change what the "
+            "dataset yields."
+        ) from None
+    if tensor.shape.rank is None:
+        raise ValueError(
+            f"{name}: number of axes is unknown, must be known. Fix: call tf.ensure_shape in the "
+            "dataset, as on what tf.py_function returns."
+        )
+    return tensor
+
+
+def _whole(labels: tf.Tensor, labeled: tf.Tensor) -> tf.Tensor:
+    """Labels as `int32`; those that count are not rounded, as 0.99 of an interpolated mask."""
+    if not labels.dtype.is_floating:
+        return tf.cast(labels, tf.int32)
+    shown = tf.where(labeled[:, None, None, None], labels, tf.zeros((), labels.dtype))
+    message = "labels: must be whole numbers. Fix: resample label maps by nearest neighbour only."
+    check = tf.debugging.assert_equal(shown, tf.round(shown), message)
+    with tf.control_dependencies([check] if check is not None else []):
+        return tf.cast(shown, tf.int32)
 
 
 def stand_in(
