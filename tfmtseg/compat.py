@@ -50,7 +50,7 @@ class Model(keras.Model):
         # batch over the replicas for its shape, which fails with several workers.
         if not self.built:
             super()._maybe_symbolic_build(*args, **kwargs)
-        elif self.optimizer is not None and not self.optimizer.built:
+        elif self._distribute_strategy and self.optimizer and not self.optimizer.built:
             # As Keras does besides: replicas cannot make its variables amid a step.
             with self.distribute_strategy.scope():
                 self.optimizer.build(self.trainable_variables)

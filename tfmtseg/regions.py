@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -102,9 +103,15 @@ class Regions:
             return cls.from_config(regions)
         if isinstance(regions, str):
             return cls.parse(regions)
-        if not isinstance(regions, Sequence):  # NumPy's whole numbers are no int
-            return cls.exclusive([str(i + 1) for i in range(int(regions))])
-        return cls.exclusive(regions)
+        if isinstance(regions, Sequence):
+            return cls.exclusive(regions)
+        try:
+            return cls.exclusive([str(i + 1) for i in range(index(regions))])
+        except TypeError:
+            raise InputError(
+                "regions", "value", repr(regions), "a Regions, text, names or a number",
+                "name the labels, or give their number",
+            ) from None  # fmt: skip
 
     @classmethod
     def parse(cls, text: str) -> Regions:
@@ -232,8 +239,9 @@ class Regions:
             `uint8`, the shape of `logits` without its last axis.
 
         Raises:
-            ValueError: If the channels are others, or anything is NaN, as a network's logits
-                are after one voxel that is: it would look like background.
+            ValueError: If the channels are others.
+            FloatingPointError: If anything is NaN, as all of a network's logits are after one
+                voxel that is: it would look like background.
         """
         if np.shape(logits)[-1] != self.num_outputs:
             raise ValueError(
@@ -241,7 +249,9 @@ class Regions:
                 "give those of a model with these regions."
             )
         if np.isnan(logits).any():
-            raise ValueError("logits: value is NaN, must be a number. Fix: look for NaN in images.")
+            raise FloatingPointError(
+                "logits: value is NaN, must be a number. Fix: look for NaN in the image."
+            )
         if not self.nested:
             return np.argmax(logits, axis=-1).astype(np.uint8)
         result = np.zeros(logits.shape[:-1], np.uint8)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tfmtseg.data.cases import Case
+from tfmtseg.data.nifti import Geometry, write_image
 from tfmtseg.data.preprocess import normalize
 from tfmtseg.errors import InputError
 from tfmtseg.inference import predict
-from tfmtseg.inference.predict import check_flips, load_runs, predict_volume
+from tfmtseg.inference.predict import check_flips, load_runs, predict_case, predict_volume
 from tfmtseg.regions import Regions
 
 
@@ -59,6 +61,18 @@ def test_an_ensemble_is_the_mean_of_logits():
     np.testing.assert_array_equal(label_map, mean[..., 1] > mean[..., 0])
     alone = [predict_volume([fixed(each)], volume) for each in logits]
     assert all((label_map != each).any() for each in alone)
+
+
+@pytest.mark.filterwarnings("ignore:.*the volume is very small")
+def test_logits_that_are_nan_are_no_background(tmp_path):
+    """As where half precision overflows: the image, which is finite, is named."""
+    write_image(
+        tmp_path / "a.nii.gz", random_logits(9)[..., :1], Geometry.from_affine((4, 4, 4), np.eye(4))
+    )
+    spoilt = random_logits(0)
+    spoilt[0, 0, 0, 0] = np.nan
+    with pytest.raises(InputError, match=r"a\.nii\.gz: prediction is NaN, must be a number"):
+        predict_case([fixed(spoilt)], Case("a", (tmp_path / "a.nii.gz",)))
 
 
 def test_flips_are_those_of_the_training():

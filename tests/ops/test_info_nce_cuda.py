@@ -346,7 +346,7 @@ def test_many_rows_through_one_block(library, n, m, engine, dtype):
     queries = keys[positives] + 0.5 * rows(n, 64, 3)
     case = Problem(queries, keys, positives, weights=np.full(n, 1 / n), engine=engine, dtype=dtype)
     device(library, blocks=1)
-    # The tolerance is the one of few rows: nothing may grow with their number.
+    # The tolerance is the one of few rows: with split, nothing may grow with their number.
     assert_close(case.forward_backward(library), case.oracle(), tolerance_of(case))
 
 

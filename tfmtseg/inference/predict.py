@@ -177,7 +177,13 @@ def predict_case(
     volume = read_image(case.images, num_modalities=len(runs[0].modalities))
     normalized, geometry = normalize(volume.voxels, case.images[0]), volume.geometry
     del volume  # as large as what the network sees
-    return predict_volume(runs, normalized, batch_size, flips), geometry
+    try:
+        return predict_volume(runs, normalized, batch_size, flips), geometry
+    except FloatingPointError:
+        raise InputError(
+            case.images[0], "prediction", "NaN", "a number",
+            "look at the image; or train with --precision=float32, where half precision overflows",
+        ) from None  # fmt: skip
 
 
 def predict_volume(
@@ -195,6 +201,9 @@ def predict_volume(
     Returns:
         The label map, `uint8` `(x, y, z)`. Where the runs' regions are one piece each
         (`largest_component`), others are left out.
+
+    Raises:
+        FloatingPointError: If a network's logits are NaN.
     """
     values = volume.values()
     logits: np.ndarray | None = None

@@ -563,6 +563,7 @@ class Segmenter(compat.Model):
         shown: Mapping[str, tf.Tensor],
         metrics: Mapping[str, Any],
         counts: Mapping[str, tf.Tensor],
+        training: bool,
     ) -> dict[str, Any]:
         for name, value in shown.items():
             # A batch without volumes of a kind has no mean of theirs.
@@ -572,9 +573,10 @@ class Segmenter(compat.Model):
         seen = tf.stack([tracker.count > 0 for tracker, _ in terms])
         means = tf.stack([w * tracker.result() for tracker, w in terms])
         self.loss_tracker.reset_state()
+        # In training 0 before there is any: Keras' TerminateOnNaN looks after each step.
+        known = tf.reduce_any(seen) | training
         self.loss_tracker.update_state(
-            tf.reduce_sum(tf.where(seen, means, 0.0)),
-            sample_weight=tf.cast(tf.reduce_any(seen), tf.float32),
+            tf.reduce_sum(tf.where(seen, means, 0.0)), sample_weight=tf.cast(known, tf.float32)
         )
         if not self.pretraining:
             self.dice.update_state(metrics["y"], metrics["y_pred"], metrics["sample_weight"])
@@ -617,12 +619,12 @@ class Segmenter(compat.Model):
             compat.apply_gradients(self.optimizer, gradients, variables)
         if self.teacher is not None:
             self.teacher.follow((self.encoder, self.decoder, self.head), updates)
-        return self._update_metrics(shown, metrics, counts)
+        return self._update_metrics(shown, metrics, counts, training=True)
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """The same losses and scores without dropout and without an update."""
         _, shown, metrics, counts = self._forward(data, training=False)
-        return self._update_metrics(shown, metrics, counts)
+        return self._update_metrics(shown, metrics, counts, training=False)
 
     @property
     def state(self) -> list[Any]:

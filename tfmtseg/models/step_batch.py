@@ -73,9 +73,10 @@ def _whole(labels: tf.Tensor, labeled: tf.Tensor) -> tf.Tensor:
         return tf.cast(labels, tf.int32)
     shown = tf.where(labeled[:, None, None, None], labels, tf.zeros((), labels.dtype))
     message = "labels: must be whole numbers. Fix: resample label maps by nearest neighbour only."
-    check = tf.debugging.assert_equal(shown, tf.round(shown), message)
+    whole = tf.cast(shown, tf.int32)
+    check = tf.debugging.assert_equal(shown, tf.cast(whole, shown.dtype), message)
     with tf.control_dependencies([check] if check is not None else []):
-        return tf.cast(shown, tf.int32)
+        return tf.identity(whole)
 
 
 def stand_in(

@@ -187,10 +187,12 @@ class TensorBoard(keras.callbacks.Callback):
                 tf.summary.scalar(tag(name.removeprefix("val_")), float(value), step)
         if self.example is not None:
             image, truth = (part[:1] for part in self.example)
-            predicted = self.model.regions.label_map(self.model(image, training=False).numpy())
-            with self.writers["training"].as_default():
+            logits = self.model(image, training=False).numpy()
+            if not np.isnan(logits).any():  # half precision may overflow, and training go on
+                predicted = self.model.regions.label_map(logits)
                 picture = overlay(image[0, ..., 0], truth[0], predicted[0])
-                tf.summary.image("images/overlay", picture[None], step)
+                with self.writers["training"].as_default():
+                    tf.summary.image("images/overlay", picture[None], step)
         for writer in self.writers.values():
             writer.flush()
 
