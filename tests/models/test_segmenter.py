@@ -640,3 +640,21 @@ def test_a_model_that_is_not_built_survives_files(tmp_path):
     again.run_eagerly = True
     history = again.fit(dataset(None, 1), verbose=0, shuffle=False).history
     assert np.isfinite(history["loss"]).all()
+
+
+def test_a_model_that_is_frozen_throughout_learns_nothing():
+    model = compiled("encdec")
+    model.trainable = False
+    with pytest.raises(ValueError, match="model: every layer is frozen"):
+        model.train_step(batch([1]))
+
+
+def test_an_exported_model_refuses_nan(tmp_path):
+    model = make("encdec")
+    model.build((None, *CROP, 1))
+    model.export(tmp_path / "served")
+    images = batch([1])[0].numpy()
+    images[0, 0, 0, 0] = np.nan
+    serve = tf.saved_model.load(tmp_path / "served").signatures["serving_default"]
+    with pytest.raises(tf.errors.InvalidArgumentError, match="images: values must be finite"):
+        serve(tf.constant(images))
