@@ -542,7 +542,6 @@ def test_a_generator_has_to_tell_the_axes(model):
         {"width": 12}, {"dropout": 20}, {"dropout": 1.0}, {"strides": [(2, 2, 2)] * 2},
         {"branch_weight": -1.0}, {"teacher_momentum": 1.5}, {"teacher_start": 0},
         {"pseudo_label_weight": -0.5}, {"contrastive_form": "cubes"},
-        {"pretraining": True, "contrastive_form": "classes"},
     ],
     ids=str,
 )  # fmt: skip

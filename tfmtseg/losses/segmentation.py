@@ -87,7 +87,7 @@ class SegmentationLoss(keras.losses.Loss):
 
     def __init__(self, regions: Regions | Mapping[str, Any], **kwargs: Any):
         super().__init__(**{"name": "segmentation_loss", **kwargs})
-        self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
+        self.regions = Regions.of(regions)
 
     def call(
         self, y_true: tf.Tensor, y_pred: tf.Tensor, voxel_weights: tf.Tensor | None = None

@@ -40,7 +40,7 @@ class DiceScore(keras.metrics.Metric):
 
     def __init__(self, regions: Regions | Mapping[str, Any], name: str = "dice", **kwargs: Any):
         super().__init__(name=name, **kwargs)
-        self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
+        self.regions = Regions.of(regions)
         shape = (len(self.regions.names),)
         self.overlap = self.add_weight(shape=shape, initializer="zeros", name="overlap")
         self.sizes = self.add_weight(shape=shape, initializer="zeros", name="sizes")

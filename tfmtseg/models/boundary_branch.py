@@ -61,7 +61,7 @@ class BoundaryBranch(Branch):
     ):
         super().__init__(**kwargs)
         self.width = self.feature_channels = width
-        self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
+        self.regions = Regions.of(regions)
         self.strides = per_axis(strides)
         deepest = len(self.strides) - 1
         self.reduce = convolution(width * 2**deepest, 1, name="reduce")

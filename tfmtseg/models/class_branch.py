@@ -119,7 +119,7 @@ class ClassContrastiveBranch(VoxelContrast):
                 "class in other cases are positives. Fix: change --negatives or "
                 "--contrastive_form."
             )
-        self.regions = regions if isinstance(regions, Regions) else Regions.from_config(regions)
+        self.regions = Regions.of(regions)
 
     def parts(self, batch: Batch) -> dict[str, tf.Tensor]:
         """Learns from all volumes that are segmented, each voxel drawn counting alike."""

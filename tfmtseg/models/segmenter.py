@@ -146,19 +146,16 @@ class Segmenter(compat.Model):
     ):
         super().__init__(**kwargs)
         able, suffix = list(METHODS), ""
-        forms: tuple[str, ...] = CONTRASTIVE_FORMS
         if pretraining:
             able = [name for name, values in METHODS.items() if values.can_pretrain]
             suffix = " for pretraining"
-            if method in able and METHODS[method].branch == "contrastive":
-                forms = UNLABELLED_FORMS
         for name, value, holds, rule in (
             ("method", method, method in able, f"one of {', '.join(able)}{suffix}"),
             (
                 "contrastive_form",
                 contrastive_form,
-                contrastive_form in forms,
-                f"one of {', '.join(forms)}{suffix}",
+                contrastive_form in CONTRASTIVE_FORMS,
+                f"one of {', '.join(CONTRASTIVE_FORMS)}",
             ),
             ("width", width, width > 0 and width % 8 == 0, "a multiple of 8"),
             ("dropout", dropout, 0 <= dropout < 1, "in [0, 1)"),
@@ -173,6 +170,12 @@ class Segmenter(compat.Model):
                     f"{name}: value is {value!r}, must be {rule}. Fix: choose another."
                 )
         kind = METHODS[method].branch
+        if pretraining and kind == "contrastive" and contrastive_form not in UNLABELLED_FORMS:
+            raise ValueError(
+                f"contrastive_form: value is {contrastive_form!r}, which needs labels, must be "
+                f"one of {', '.join(UNLABELLED_FORMS)} for pretraining. "
+                "Fix: change --contrastive_form."
+            )
         cubes = np.broadcast_to(cube_size, 3).tolist()
         self.regions = regions = Regions.of(regions)
         self.method = method
