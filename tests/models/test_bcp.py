@@ -59,8 +59,8 @@ def moved(before: list[np.ndarray], after: list[np.ndarray]) -> bool:
 
 
 def losses(model: Segmenter, data) -> dict[str, float]:
-    shown = model._forward(data, training=True)[1]
-    return {name: float(value) for name, value in shown.items()}
+    loss, shown = model._forward(data, training=True)[:2]
+    return {name: float(value) for name, value in {"loss": loss, **shown}.items()}
 
 
 @pytest.mark.parametrize("labeled", [[1, 0], [1, 1, 0], [0, 1, 0, 0], [1, 1]], ids=str)
