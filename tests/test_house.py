@@ -17,8 +17,8 @@ SOURCES = sorted(
 )
 
 # What each part of the package may import from the others, besides the modules that
-# know nothing of any part: errors, files, memory, processor, regions, version and compat.
-BASE = {"errors", "files", "memory", "processor", "regions", "version", "compat"}
+# know nothing of any part: errors, files, memory, processor, regions, saving, version and compat.
+BASE = {"errors", "files", "memory", "processor", "regions", "saving", "version", "compat"}
 ALLOWED = {
     "version": set(),
     "errors": set(),
@@ -27,6 +27,7 @@ ALLOWED = {
     "processor": set(),
     "regions": {"errors"},
     "compat": set(),
+    "saving": {"files"},
     "ops": BASE,
     "losses": BASE | {"ops"},
     "metrics": BASE | {"ops"},

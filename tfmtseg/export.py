@@ -17,7 +17,6 @@ are `labels`, `uint8`, and `probabilities`, float32, one channel per region:
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.errors import InputError
-from tfmtseg.files import atomic_folder, write_json
 from tfmtseg.inference.in_graph import (
     crop,
     largest_components,
@@ -36,7 +34,7 @@ from tfmtseg.inference.in_graph import (
 )
 from tfmtseg.ops import library
 from tfmtseg.ops.regions import label_map
-from tfmtseg.training.checkpoint import whole_or_not
+from tfmtseg.saving import finite, trace, write_saved_model
 from tfmtseg.training.finished_run import Run, load_run
 from tfmtseg.training.sizes import total_strides
 
@@ -69,52 +67,36 @@ def export_model(
         raise InputError(
             output_dir, "output folder", "a file", "a folder, or a new name", "name another folder"
         )
-    module, signatures = served(run)
+    network, signatures = served(run)
     path = output_dir / str(_next_version(output_dir))
-    # Who serves a model does not train it.
-    options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-    with atomic_folder(path) as temporary, whole_or_not(path):
-        tf.saved_model.save(module, str(temporary), signatures, options)
-        write_json(temporary / "assets.extra" / "model.json", _description(run))
+    write_saved_model(path, signatures, network.variables, _description(run))
     return path
 
 
-def served(run: Run) -> tuple[tf.Module, dict[str, Any]]:
+def served(run: Run) -> tuple[Any, dict[str, Any]]:
     """The graphs of a run's model.
 
     Args:
         run: A trained run.
 
     Returns:
-        What holds the weights that inference needs, and the signatures by name.
+        That of the network, and the signatures, which call it, by name.
     """
-    channels = len(run.modalities)
+    volume = (None, None, None, len(run.modalities))
     with library.disabled():
-        network = _concrete(
-            lambda images: run.model(images, training=False), (None, None, None, None, channels)
-        )
+        network = trace(lambda images: run.model(images, training=False), (None, *volume))
     signatures = {
-        "serving_default": _concrete(
-            lambda images: _serve_batch(run, network, images), (None, None, None, None, channels)
+        "serving_default": trace(
+            lambda images: _serve_batch(run, network, images), (None, *volume)
         ),
-        "volume": _concrete(
-            lambda images: _serve_volume(run, network, images), (None, None, None, channels)
-        ),
+        "volume": trace(lambda images: _serve_volume(run, network, images), volume),
     }
-    module = tf.Module()
-    module.weights = network.variables
-    return module, signatures
-
-
-def _concrete(function: Callable[[tf.Tensor], Any], shape: Sequence[int | None]) -> Any:
-    # Nothing in these graphs hangs on Python's `if` or `for`; looking for it takes seconds.
-    traced = tf.function(function, autograph=False)
-    return traced.get_concrete_function(tf.TensorSpec(shape, tf.float32, "images"))
+    return network, signatures
 
 
 def _serve_batch(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Tensor]:
     """Volumes that are seen in one piece, padded to what the strides divide."""
-    images = _finite(images)
+    images = finite(images)
     strides = total_strides(run.model.encoder.strides)
     shape = tf.shape(images)[1:4]
     padded_shape = -(-shape // strides) * strides
@@ -130,7 +112,7 @@ def _serve_batch(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Tens
 
 def _serve_volume(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Tensor]:
     """One volume, seen in windows."""
-    normalized, background = normalize(_finite(images))
+    normalized, background = normalize(finite(images))
     logits = sliding_window_logits(
         network,
         normalized,
@@ -140,11 +122,6 @@ def _serve_volume(run: Run, network: Any, images: tf.Tensor) -> dict[str, tf.Ten
         overlap=run.config.overlap,
     )
     return {name: values[0] for name, values in _answer(logits[None], run).items()}
-
-
-def _finite(images: tf.Tensor) -> tf.Tensor:
-    """Fails as reading a file does: one such voxel would spoil the whole volume."""
-    return tf.debugging.check_numerics(images, "images: values must be finite;")
 
 
 def _answer(logits: tf.Tensor, run: Run) -> dict[str, tf.Tensor]:

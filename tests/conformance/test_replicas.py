@@ -11,7 +11,7 @@ import tensorflow as tf
 from tfmtseg import Segmenter
 from tfmtseg.compat import keras
 from tfmtseg.models.methods import METHODS
-from tfmtseg.models.segmenter import _overflow_of_any
+from tfmtseg.models.segmenter import _norm_over_replicas, _overflow_of_any
 
 CROP = (16, 16, 16)
 # Methods that differ in their data alone are one network, see test_methods.py.
@@ -220,6 +220,21 @@ def test_an_overflow_on_any_replica_is_one_on_all(mirrored, spoilt):
         for value in mirrored.experimental_local_results(gradient):
             expected = 1.0 if spoilt is None else np.nan
             np.testing.assert_array_equal(value, tf.fill(value.shape, expected))
+
+
+@pytest.mark.parametrize("spoilt", [0, 1, None])
+def test_every_replica_sees_a_gradient_that_is_no_number(mirrored, spoilt):
+    """A worker that stops alone leaves the others waiting for it."""
+
+    @tf.function
+    def step():
+        here = tf.distribute.get_replica_context().replica_id_in_sync_group
+        bad = -1 if spoilt is None else spoilt
+        some = tf.fill([2], tf.where(tf.equal(here, bad), np.nan, 2.0))
+        return _norm_over_replicas([tf.ones([1]), None, some])
+
+    for norm in mirrored.experimental_local_results(mirrored.run(step)):
+        np.testing.assert_equal(norm.numpy(), np.nan if spoilt is not None else np.float32(6.0))
 
 
 def test_a_built_model_trains_with_any_optimizer(mirrored):

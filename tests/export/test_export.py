@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,7 +176,8 @@ def without_graphs(monkeypatch):
     def save(module, path, signatures, options):
         Path(path, "saved_model.pb").write_bytes(b"0")
 
-    monkeypatch.setattr("tfmtseg.export.served", lambda run: (None, {}))
+    network = SimpleNamespace(variables=[])
+    monkeypatch.setattr("tfmtseg.export.served", lambda run: (network, {}))
     monkeypatch.setattr("tensorflow.saved_model.save", save)
 
 

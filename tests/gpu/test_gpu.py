@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tfmtseg import Regions, Segmenter
 from tfmtseg.compat import keras
-from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS
+from tfmtseg.models.methods import FORMS, METHODS
 from tfmtseg.ops import group_norm_relu, info_nce, library
 
 pytestmark = pytest.mark.gpu
@@ -107,7 +107,7 @@ def test_group_norm_relu(dtype, shape):
 # Every method, and every form of the contrast.
 CASES = {
     **{method: {"method": method} for method in METHODS},
-    **{form: {"method": "bcpcpcseg", "contrastive_form": form} for form in CONTRASTIVE_FORMS},
+    **{form: {"method": "bcpcpcseg", "contrastive_form": form} for form in FORMS},
 }
 
 

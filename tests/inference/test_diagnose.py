@@ -135,13 +135,17 @@ def spy(monkeypatch) -> list:
     return events
 
 
-@pytest.mark.parametrize("form", ["repaired", "dense", "classes"])
-def test_a_run_is_measured(tmp_path, monkeypatch, form):
+@pytest.mark.parametrize(
+    # The dense contrast learns from all patches of a step, that of codes from the unlabelled.
+    ("form", "per_step"), [("repaired", 2), ("dense", 1), ("classes", 2)]
+)  # fmt: skip
+def test_a_run_is_measured(tmp_path, monkeypatch, form, per_step):
     write_phantoms(tmp_path / "data", 4, shape=(20, 20, 20))
     config = TrainConfig(
         data_dir=str(tmp_path / "data"), model_dir=str(tmp_path / "run"), method="sscpcseg",
         contrastive_form=form, regions="brats_msd", width=8, predictor_blocks=1,
         crop=(16, 16, 16), cube_size=(8, 8, 8), strides=((2, 2, 2),) * 3,
+        labeled_per_step=per_step, unlabeled_per_step=per_step,
     )  # fmt: skip
     folder = read_data_folder(config.data_dir)
     names = [case.name for case in folder.cases]

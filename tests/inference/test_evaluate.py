@@ -294,17 +294,6 @@ def test_bad_voxels_keep_no_other_case_from_its_label_map(make_run, data, tmp_pa
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.nii.gz"]
 
 
-def test_an_evaluation_of_an_earlier_version_has_to_be_made_again(make_run, tmp_path):
-    directory = make_run()
-    evaluate(directory)
-    path = directory / "evaluation/test/summary.json"
-    summary = json.loads(path.read_text())
-    del summary["surface_tolerance_mm"]
-    path.write_text(json.dumps(summary))
-    with pytest.raises(InputError, match="evaluate the model again"):
-        compare([directory], tmp_path / "report.html")
-
-
 def test_a_split_without_cases_is_refused(make_run):
     with pytest.raises(InputError, match="split 'development' is empty"):
         evaluate(make_run(), "development")
@@ -403,9 +392,8 @@ def test_predict_warns_of_voxels_of_another_size(make_run, data, tmp_path, monke
     monkeypatch.setattr(predict_module, "load_run", lambda model_dir: run)
     for name in ("exact", "train"):
         (data / f"imagesTr/{name}.nii.gz").unlink()
-    for spacing_mm in ((2.0, 1.0, 3.0), None):  # None of an earlier version
-        run.spacing_mm = spacing_mm
-        predict_folder("model", data / "imagesTr", tmp_path / "out")  # warnings are errors here
+    run.spacing_mm = (2.0, 1.0, 3.0)
+    predict_folder("model", data / "imagesTr", tmp_path / "out")  # warnings are errors here
     run.spacing_mm = (2.0, 1.0, 1.0)
     with pytest.warns(
         InputWarning, match=r"half.*voxel size 2 x 1 x 3 mm is far from that .*model"

@@ -188,7 +188,7 @@ def test_bad_choices():
         make(negatives="all")
     with pytest.raises(ValueError, match=r"value is 'case', must be 'batch' or 'global' .*Fix: "):
         make(negatives="case")
-    with pytest.raises(ValueError, match=r"'classes', which needs labels, must be .* Fix: change"):
+    with pytest.raises(ValueError, match=r"'classes', which needs labels, must be .* Fix: choose"):
         Segmenter(regions=2, method="sscpcseg", contrastive_form="classes", pretraining=True)
 
 

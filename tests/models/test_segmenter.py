@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -542,6 +543,7 @@ def test_a_generator_has_to_tell_the_axes(model):
         {"width": 12}, {"dropout": 20}, {"dropout": 1.0}, {"strides": [(2, 2, 2)] * 2},
         {"branch_weight": -1.0}, {"teacher_momentum": 1.5}, {"teacher_start": 0},
         {"pseudo_label_weight": -0.5}, {"contrastive_form": "cubes"},
+        {"pretraining": True, "branch_weight": 0.0},
     ],
     ids=str,
 )  # fmt: skip
@@ -646,6 +648,21 @@ def test_a_model_that_is_frozen_throughout_learns_nothing():
     model.trainable = False
     with pytest.raises(ValueError, match="model: every layer is frozen"):
         model.train_step(batch([1]))
+
+
+def test_a_disk_that_is_full_leaves_no_half_model(tmp_path, monkeypatch):
+    """TensorFlow's own error would be no OSError."""
+
+    def save(module, path, *_):
+        (Path(path) / "saved_model.pb").write_bytes(b"half")
+        raise tf.errors.ResourceExhaustedError(None, None, f"{path}; No space left on device")
+
+    monkeypatch.setattr("tensorflow.saved_model.save", save)
+    model = make("encdec")
+    model.build((None, *CROP, 1))
+    with pytest.raises(OSError, match="No space left"):
+        model.export(tmp_path / "served")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_exported_model_refuses_nan(tmp_path):

@@ -155,6 +155,7 @@ def test_positives_across_cases_need_other_cases(form):
     config.check()
     with pytest.raises(InputError, match=rf"^--negatives: .* batch or global with .*={form}"):
         dataclasses.replace(config, negatives="case").check()
+    dataclasses.replace(config, negatives="case", method="encdec").check()
 
 
 def test_places_of_mirrored_patches_are_no_positives():
@@ -167,6 +168,7 @@ def test_classes_cannot_pretrain():
     config = dataclasses.replace(GOOD, contrastive_form="classes", mode="pretrain")
     with pytest.raises(InputError, match=r"^--contrastive_form: .* dense_across with --mode=pret"):
         config.check()
+    dataclasses.replace(config, method="ssvaeseg").check()
 
 
 def test_the_fix_for_train_steps_is_right():

@@ -79,8 +79,8 @@ class Estimates:
     def _rule_seconds(self, arm: Arm) -> float:
         config = self.experiment.sized(Run(arm, 0, 0))
         factor = _BRANCH_FACTOR if METHODS[arm.method].branch else 1
-        patches = config.labeled_per_step + config.uses_unlabelled * config.unlabeled_per_step
-        per_step = _SECONDS_PER_VOXEL * factor * patches * prod(config.crop) * config.width / 8
+        voxels = config.patches_per_step() * prod(config.crop)
+        per_step = _SECONDS_PER_VOXEL * factor * voxels * config.width / 8
         return (
             per_step * config.train_steps / max(self.experiment.threads, 1)
             + _START_SECONDS

@@ -113,8 +113,7 @@ def _contrast(
     branch = run.model.branch
     if branch is None or not branch.finds_places:
         return None
-    config = run.config
-    per_batch = config.unlabeled_per_step if config.uses_unlabelled else config.labeled_per_step
+    per_batch = run.config.patches_per_step(branch.learns_from)  # as many candidates
 
     def images_of(records: Sequence[Record], what: str) -> Iterator[tf.Tensor]:
         total = ROUNDS * -(-len(records) // per_batch)

@@ -373,11 +373,15 @@ def _read_volumes(run: Run, split: str, case: Case) -> CaseVolumes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
         volume = read_image(case.images)
-        predicted = Case(case.name, case.images, _prediction_path(run, split, case))
         return CaseVolumes(
             image=volume.voxels[..., 0],
             truth=_read_truth(run, case, volume.geometry),
-            prediction=_read_truth(run, predicted, volume.geometry),
+            prediction=read_label(
+                _prediction_path(run, split, case),
+                labels=run.folder.labels,
+                like=volume.geometry,
+                image=case.images[0],
+            ),
             spacing_mm=volume.geometry.spacing_mm,
         )
 
@@ -412,14 +416,7 @@ def _check_alike(
 
 
 def _read_summary(directory: Path) -> dict[str, Any]:
-    path = directory / "summary.json"
-    summary = _read_json(path, "evaluate the model first")
-    if "surface_tolerance_mm" not in summary:
-        raise InputError(
-            path, "surface_tolerance_mm", "missing", "there",
-            "evaluate the model again: an earlier version wrote this",
-        )  # fmt: skip
-    return summary
+    return _read_json(directory / "summary.json", "evaluate the model first")
 
 
 def _read_json(path: Path, fix: str) -> dict[str, Any]:

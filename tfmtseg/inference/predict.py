@@ -80,8 +80,7 @@ def predict_folder(
     check_flips(runs, flips)
     spacings_mm = {path: geometry.spacing_mm for path, geometry in geometries.items()}
     for run in runs:
-        if run.spacing_mm:
-            warn_about_spacing(spacings_mm, run.spacing_mm, f"that {run.directory} was trained on")
+        warn_about_spacing(spacings_mm, run.spacing_mm, f"that {run.directory} was trained on")
     written: list[Path] = []
     errors: list[InputError] = []
     for case in tqdm(cases, desc="Predicting", unit="case"):

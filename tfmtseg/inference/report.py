@@ -29,6 +29,7 @@ from tfmtseg.regions import Regions
 _PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}  # by the axis that is cut
 _LOSS_NAMES = {
     "seg_loss": "Segmentation loss",
+    "mix_loss": "Segmentation loss of mixed volumes",
     "cpc_loss": "Contrastive loss (InfoNCE)",
     "vae_loss": "Variational loss (reconstruction and KL divergence)",
     "boundary_loss": "Boundary loss (soft Dice and cross-entropy)",

@@ -83,6 +83,8 @@ class Branch(keras.layers.Layer):
         decodes: Whether it teaches the decoder too.
         finds_places: Whether it contrasts places of a volume, so that it has `keys`.
         feature_channels: Channels of `features`; 0 for none.
+        may_differ: Arguments that may differ where a branch starts from another's weights: how
+            it computes, and what it compares with.
         default_weight: Factor of the loss, where none is given.
     """
 
@@ -93,6 +95,7 @@ class Branch(keras.layers.Layer):
     decodes = False
     finds_places = False
     feature_channels = 0
+    may_differ: tuple[str, ...] = ("dtype",)
     default_weight: float
 
     def features(self, levels: Mapping[str, tf.Tensor]) -> tf.Tensor | None:

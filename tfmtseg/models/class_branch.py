@@ -116,8 +116,7 @@ class ClassContrastiveBranch(VoxelContrast):
         if negatives == "case":
             raise ValueError(
                 "negatives: value is 'case', must be 'batch' or 'global' where voxels of the same "
-                "class in other cases are positives. Fix: change --negatives or "
-                "--contrastive_form."
+                "class in other cases are positives. Fix: change negatives or the form."
             )
         self.regions = Regions.of(regions)
 

@@ -25,7 +25,7 @@ def check_negatives(negatives: str) -> None:
     if negatives not in NEGATIVES:
         raise ValueError(
             f"negatives: value is {negatives!r}, must be one of {', '.join(NEGATIVES)}. "
-            "Fix: change --negatives."
+            "Fix: choose another."
         )
 
 

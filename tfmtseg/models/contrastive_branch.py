@@ -16,6 +16,7 @@ from tfmtseg.models.blocks import Factors, ResidualBlock, convolution
 from tfmtseg.models.branch import Batch, Branch
 from tfmtseg.models.contrast import check_negatives, contrast, spatial_size, temperature_weight
 from tfmtseg.models.encoder import LEVELS
+from tfmtseg.models.methods import FORMS
 from tfmtseg.models.remat import recompute_in_parts
 from tfmtseg.models.views import another_view
 from tfmtseg.ops import info_nce, retrieval_accuracy
@@ -23,9 +24,6 @@ from tfmtseg.ops.seed import Seed
 
 PAPER_NEGATIVES = 20
 DEFAULT_WEIGHTS = {"repaired": 0.1, "paper": 0.001}
-# Cubes along at least one axis: something to predict from, something to predict, and between
-# them in the repaired form what both would show.
-LEAST_CUBES = {"repaired": 3, "paper": 2}
 
 
 def grid_shape(crop: Sequence[int], cube_size: Sequence[int]) -> Factors:
@@ -63,10 +61,10 @@ def check_grid(grid: Factors, form: str) -> None:
     Raises:
         InputError: If there are too few along every axis.
     """
-    if max(grid) < LEAST_CUBES[form]:
+    least = FORMS[form].least_cubes
+    if max(grid) < least:
         raise InputError(
-            "--crop", "grid of cubes", grid,
-            f"{LEAST_CUBES[form]} or more along an axis ({form} contrast)",
+            "--crop", "grid of cubes", grid, f"{least} or more along an axis ({form} contrast)",
             "enlarge --crop, reduce --cube_size, or choose a method without cubes, such as encdec",
         )  # fmt: skip
 
@@ -146,6 +144,7 @@ class ContrastiveBranch(Branch):
     shown = ("loss", "accuracy", "chance")
     finds_places = True
     learns_from = "others"
+    may_differ = ("dtype", "remat", "negatives", "augment_cubes")
 
     def __init__(
         self,
@@ -160,10 +159,10 @@ class ContrastiveBranch(Branch):
     ):
         super().__init__(**kwargs)
         self.supports_jit = False  # the op has no XLA form; Keras 3 then compiles without XLA
-        if form not in ("repaired", "paper"):
+        if form not in DEFAULT_WEIGHTS:
             raise ValueError(
-                f"form: value is {form!r}, must be 'repaired' or 'paper'. "
-                "Fix: change --contrastive_form."
+                f"form: value is {form!r}, must be one of {', '.join(DEFAULT_WEIGHTS)}. "
+                "Fix: choose another."
             )
         check_negatives(negatives)
         self.channels = channels
@@ -232,7 +231,7 @@ class ContrastiveBranch(Branch):
             grid = grid_shape(size, self.cube_size)
             check_grid(grid, self.form)
         except InputError as error:  # Keras raises a copy, which takes the message alone
-            raise ValueError(str(error)) from None
+            raise ValueError(str(error).replace("--", "")) from None  # here they are no flags
         return grid
 
     def _last_level(self, batch: Batch) -> Callable[..., tf.Tensor]:

@@ -86,6 +86,7 @@ class DenseContrastiveBranch(VoxelContrast):
     shown = ("loss", "accuracy", "chance")
     finds_places = True
     learns_from = "images"
+    may_differ = ("dtype", "negatives", "across_cases")
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class DenseContrastiveBranch(VoxelContrast):
         if across_cases and negatives == "case":
             raise ValueError(
                 "negatives: value is 'case', must be 'batch' or 'global' where the same place of "
-                "other cases is a positive. Fix: change --negatives or --contrastive_form."
+                "other cases is a positive. Fix: change negatives or the form."
             )
         self.strides = per_axis(strides)
         self.across_cases = across_cases

@@ -1,4 +1,4 @@
-"""The methods by name: which branch each has, and which cases it uses."""
+"""The methods and the forms of the contrast by name: what each needs and uses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,35 @@ METHODS: dict[str, Method] = {
     "bcpcpcseg": Method(branch="contrastive", uses_unlabelled=True, copy_paste=True),
 }
 
-# "dense" and "dense_across" are forms of `DenseContrastiveBranch`, "classes" is
-# `ClassContrastiveBranch`, the others are forms of `ContrastiveBranch`.
-UNLABELLED_FORMS = ("repaired", "paper", "dense", "dense_across")  # need no label to learn
-CONTRASTIVE_FORMS = (*UNLABELLED_FORMS, "classes")
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the contrast.
+
+    Args:
+        compares: Codes of `"cubes"` (`ContrastiveBranch`), two `"views"` of a volume
+            (`DenseContrastiveBranch`), or voxels of `"classes"` (`ClassContrastiveBranch`).
+        least_cubes: Along at least one axis: something to predict from, something to predict,
+            and where codes keep to their half, between them what both would show.
+        across_cases: Whether keys of other cases are positives too.
+        needs_labels: Whether it learns nothing without them.
+    """
+
+    compares: str
+    least_cubes: int = 0
+    across_cases: bool = False
+    needs_labels: bool = False
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a place has to show the same anatomy in every case."""
+        return self.compares == "views" and self.across_cases
+
+
+FORMS: dict[str, Form] = {
+    "repaired": Form("cubes", least_cubes=3),
+    "paper": Form("cubes", least_cubes=2),
+    "dense": Form("views"),
+    "dense_across": Form("views", across_cases=True),
+    "classes": Form("classes", across_cases=True, needs_labels=True),
+}

@@ -11,7 +11,6 @@ import tensorflow as tf
 
 from tfmtseg import compat
 from tfmtseg.compat import keras
-from tfmtseg.files import atomic_folder
 from tfmtseg.losses.segmentation import SegmentationLoss
 from tfmtseg.metrics.training_dice import DiceScore
 from tfmtseg.metrics.volume_mean import VolumeMean
@@ -24,7 +23,7 @@ from tfmtseg.models.copy_paste import box_masks, largest_components, paste
 from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.dense_branch import DenseContrastiveBranch
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
-from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
+from tfmtseg.models.methods import FORMS, METHODS
 from tfmtseg.models.step_batch import Kind, check_labels, sort_volumes, stand_in, unpack
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
@@ -33,6 +32,7 @@ from tfmtseg.ops import library, replicas
 from tfmtseg.ops.regions import label_map
 from tfmtseg.ops.seed import Seed
 from tfmtseg.regions import Regions
+from tfmtseg.saving import finite, trace, write_saved_model
 
 
 @compat.register
@@ -154,13 +154,19 @@ class Segmenter(compat.Model):
             (
                 "contrastive_form",
                 contrastive_form,
-                contrastive_form in CONTRASTIVE_FORMS,
-                f"one of {', '.join(CONTRASTIVE_FORMS)}",
+                contrastive_form in FORMS,
+                f"one of {', '.join(FORMS)}",
             ),
             ("width", width, width > 0 and width % 8 == 0, "a multiple of 8"),
             ("dropout", dropout, 0 <= dropout < 1, "in [0, 1)"),
             ("strides", strides, len(strides) == 3, "of three levels"),
             ("branch_weight", branch_weight, (branch_weight or 0) >= 0, "0 or more"),
+            (
+                "branch_weight",
+                branch_weight,
+                not pretraining or branch_weight != 0,
+                f"another than 0{suffix}, which learns from the branch alone",
+            ),
             ("teacher_momentum", teacher_momentum, 0 <= teacher_momentum < 1, "in [0, 1)"),
             ("teacher_start", teacher_start, teacher_start >= 1, "1 or more"),
             ("pseudo_label_weight", pseudo_label_weight, pseudo_label_weight >= 0, "0 or more"),
@@ -169,12 +175,11 @@ class Segmenter(compat.Model):
                 raise ValueError(
                     f"{name}: value is {value!r}, must be {rule}. Fix: choose another."
                 )
-        kind = METHODS[method].branch
-        if pretraining and kind == "contrastive" and contrastive_form not in UNLABELLED_FORMS:
+        kind, form = METHODS[method].branch, FORMS[contrastive_form]
+        if pretraining and kind == "contrastive" and form.needs_labels:
             raise ValueError(
                 f"contrastive_form: value is {contrastive_form!r}, which needs labels, must be "
-                f"one of {', '.join(UNLABELLED_FORMS)} for pretraining. "
-                "Fix: change --contrastive_form."
+                "a form that does without for pretraining. Fix: choose another."
             )
         cubes = np.broadcast_to(cube_size, 3).tolist()
         self.regions = regions = Regions.of(regions)
@@ -189,12 +194,11 @@ class Segmenter(compat.Model):
                 self.branch = VAEBranch(width, strides, name="vae_branch")
             elif kind == "boundary":
                 self.branch = BoundaryBranch(width, regions, strides, name="boundary_branch")
-            elif kind == "contrastive" and contrastive_form.startswith("dense"):
-                across = contrastive_form == "dense_across"
+            elif kind == "contrastive" and form.compares == "views":
                 self.branch = DenseContrastiveBranch(
-                    width, strides, across, negatives, name="dense_branch"
+                    width, strides, form.across_cases, negatives, name="dense_branch"
                 )
-            elif kind == "contrastive" and contrastive_form == "classes":
+            elif kind == "contrastive" and form.compares == "classes":
                 self.branch = ClassContrastiveBranch(width, regions, negatives, name="class_branch")
             elif kind == "contrastive":
                 self.branch = ContrastiveBranch(
@@ -387,8 +391,8 @@ class Segmenter(compat.Model):
         """Forward pass and losses of a batch.
 
         Each part of the model sees the volumes it learns from: the decoder those with
-        a label, the branch those without (all of them, where every volume has one).
-        Mixed volumes need both. What counts is the global batch.
+        a label, the branch what it `learns_from`. Mixed volumes need both kinds. What
+        counts is the global batch.
 
         Returns:
             This replica's part of the loss to minimise, what the trackers show, what the
@@ -522,29 +526,29 @@ class Segmenter(compat.Model):
             [Bai et al., 2023](https://arxiv.org/abs/2305.00673); the change of intensities
             after [Sohn et al., 2020](https://arxiv.org/abs/2001.07685), section 2.
         """
-        annotated, labels, weights = map(replicas.gather, labelled)
+        annotated, truths, weights = map(replicas.gather, labelled)
         if replicas.count() > 1:  # stand-ins are partners only where there is nothing else
-            real = weights > 0
-            real |= ~tf.reduce_any(real)
-            annotated, labels, weights = (
-                tf.boolean_mask(part, real) for part in (annotated, labels, weights)
+            counts = weights > 0
+            counts |= ~tf.reduce_any(counts)
+            annotated, truths, weights = (
+                tf.boolean_mask(part, counts) for part in (annotated, truths, weights)
             )
         taught &= self._updates_made() >= self.teacher_start
-        available = tf.shape(annotated)[0]
 
         def pseudo_labels() -> tf.Tensor:
             labels = label_map(teacher(others), self.regions)
             return largest_components(labels, self.regions) if self.largest_component else labels
 
+        available = tf.shape(annotated)[0]
         first = (kind.first + tf.range(tf.shape(others)[0])) % available
         second = (first + 1) % available
         partners = tf.cond(
             taught,
             lambda: (others, pseudo_labels()),
-            lambda: (tf.gather(annotated, second), tf.gather(labels, second)),
+            lambda: (tf.gather(annotated, second), tf.gather(truths, second)),
         )
         masks = box_masks(tf.shape(others)[0], tf.shape(others)[1:4], seeds[0])
-        ours = tf.gather(annotated, first), tf.gather(labels, first)
+        ours = tf.gather(annotated, first), tf.gather(truths, first)
         images, labels = paste(masks, ours, partners)
         dropout_seed = None
         if seeds[1] is not None:
@@ -553,13 +557,13 @@ class Segmenter(compat.Model):
             images = another_view(images, view_seed)
         features = self.decoder(self.encoder(images, seed=dropout_seed))
         logits = self._logits(features)
-        real = tf.cast(masks, tf.float32)
-        values = self.segmentation_loss.call(labels, logits, real)
-        pseudo_values = self.segmentation_loss.call(labels, logits, 1.0 - real)
-        values += tf.where(taught, self.pseudo_label_weight, 1.0) * pseudo_values
-        weights = tf.gather(weights, first)
-        counted = weights * tf.cast(kind.share > 0, tf.float32)
-        return _mean(values, weights), Segmented(features, labels, counted, kind.first)
+        of_first = tf.cast(masks, tf.float32)
+        values = self.segmentation_loss.call(labels, logits, of_first)
+        values_of_second = self.segmentation_loss.call(labels, logits, 1.0 - of_first)
+        values += tf.where(taught, self.pseudo_label_weight, 1.0) * values_of_second
+        known = tf.gather(weights, first)
+        counted = known * tf.cast(kind.share > 0, tf.float32)
+        return _mean(values, known), Segmented(features, labels, counted, kind.first)
 
     def _update_metrics(
         self,
@@ -613,7 +617,7 @@ class Segmenter(compat.Model):
         if compat.scales_loss(self.optimizer):  # it leaves out updates that overflow
             gradients = _overflow_of_any(gradients)
         else:
-            checked["gradient"] = tf.linalg.global_norm(gradients)
+            checked["gradient"] = _norm_over_replicas(gradients)
         # Before the update: weights that are NaN once stay so.
         with tf.control_dependencies(
             [tf.debugging.check_numerics(value, name) for name, value in checked.items()]
@@ -678,26 +682,17 @@ class Segmenter(compat.Model):
             raise ValueError("model: it is not built, must be. Fix: call fit or build first.")
 
         def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
-            # A voxel that is none would make all of the volume background.
-            images = tf.debugging.check_numerics(images, "images: values must be finite;")
             size = tf.shape(images)[1:4]
             missing = -size % np.prod(self.encoder.strides, axis=0)
             padding = tf.pad(tf.stack([tf.zeros_like(size), missing], 1), [[1, 1], [0, 0]])
             x, y, z = tf.unstack(size)
-            logits = self(tf.pad(images, padding), training=False)[:, :x, :y, :z]
+            logits = self(tf.pad(finite(images), padding), training=False)[:, :x, :y, :z]
             return {"logits": logits, "labels": tf.cast(label_map(logits, self.regions), tf.uint8)}
 
         shape = (None, None, None, None, self._built_for[-1])
         with library.disabled():
-            graph = tf.function(serve, autograph=False).get_concrete_function(
-                tf.TensorSpec(shape, tf.float32, "images")
-            )
-        module = tf.Module()
-        module.weights = graph.variables
-        # Who serves a model does not train it.
-        options = tf.saved_model.SaveOptions(experimental_custom_gradients=False)
-        with atomic_folder(filepath) as temporary:
-            tf.saved_model.save(module, str(temporary), {"serving_default": graph}, options)
+            graph = trace(serve, shape)
+        write_saved_model(filepath, {"serving_default": graph}, graph.variables)
 
     # `.keras` files: Keras 2 does not know what `build` was given, and neither Keras trusts
     # its own `compile_from_config` with a `compile` of ours.
@@ -712,9 +707,8 @@ class Segmenter(compat.Model):
     def build_from_config(self, config: Mapping[str, Any]) -> None:
         """Makes the weights of a model from a file."""
         self.build(config["input_shape"])
-        if "trainable" in config:  # not in files from before it was kept
-            for layer, value in zip(compat.layers_of(self), config["trainable"], strict=True):
-                layer.trainable = value
+        for layer, value in zip(compat.layers_of(self), config["trainable"], strict=True):
+            layer.trainable = value
 
     def compile_from_config(self, config: Mapping[str, Any]) -> None:
         """Compiles a model from a file as it was when it was saved."""
@@ -750,6 +744,14 @@ def _overflow_of_any(gradients: Sequence[tf.Tensor | None]) -> list[tf.Tensor | 
         gradient if gradient is None else tf.where(everywhere, gradient, np.nan)
         for gradient in gradients
     ]
+
+
+def _norm_over_replicas(gradients: Sequence[tf.Tensor | None]) -> tf.Tensor:
+    """Sum of the norms on all replicas: no number on each as soon as it is none on one.
+
+    Else one worker would stop for its own gradient, and the others wait for it.
+    """
+    return replicas.total(tf.linalg.global_norm(gradients))
 
 
 def _mean(values: tf.Tensor, weights: tf.Tensor) -> tf.Tensor:

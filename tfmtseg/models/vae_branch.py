@@ -93,7 +93,7 @@ class VAEBranch(Branch):
         if any(size is None or size % factor for size, factor in zip(crop, total, strict=True)):
             raise ValueError(
                 f"{self.name}: size of the images is {crop}, must be known and multiples of "
-                f"{total} to build its dense layers. Fix: change --crop, or call "
+                f"{total} to build its dense layers. Fix: change the crop, or call "
                 "model.build((None, x, y, z, modalities)) with the size of your patches."
             )
         x, y, z = (size // factor for size, factor in zip(crop, total, strict=True))

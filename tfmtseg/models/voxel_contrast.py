@@ -27,6 +27,7 @@ class VoxelContrast(Branch):
 
     default_weight = 0.1
     decodes = True
+    may_differ: tuple[str, ...] = ("dtype", "negatives")
 
     def __init__(self, width: int, negatives: str, **kwargs: Any):
         super().__init__(**kwargs)

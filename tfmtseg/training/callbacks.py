@@ -18,7 +18,8 @@ from tfmtseg import compat
 from tfmtseg.compat import keras
 from tfmtseg.files import read_rows, write_rows
 from tfmtseg.models.segmenter import Segmenter
-from tfmtseg.training.checkpoint import latest_checkpoint, whole_or_not
+from tfmtseg.saving import whole_or_not
+from tfmtseg.training.checkpoint import latest_checkpoint
 from tfmtseg.training.strategy import anywhere
 
 # Of labels 1, 2, ... in overlays.

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +15,7 @@ from tfmtseg.errors import InputError
 from tfmtseg.files import write_json
 from tfmtseg.models.branch import Branch
 from tfmtseg.models.segmenter import Segmenter
-
-
-@contextlib.contextmanager
-def whole_or_not(folder: Path) -> Iterator[None]:
-    """Within it, TensorFlow saves to `folder`, and leaves no part when it fails.
-
-    TensorFlow writes to a temporary folder and moves the files of a save when all are
-    written; what is left of a save that failed or was killed stays, as large as a whole one.
-
-    Raises:
-        OSError: If the files cannot be written, the disk being full, say.
-    """
-    try:
-        yield
-    except tf.errors.OpError as error:
-        reason = error.message.rsplit("; ", 1)[-1]
-        raise OSError(errno.EIO, reason, str(folder)) from None
-    finally:
-        for part in folder.glob("*_temp"):
-            shutil.rmtree(part)
+from tfmtseg.saving import whole_or_not
 
 
 def latest_checkpoint(folder: Path) -> str | None:
@@ -174,13 +152,10 @@ def initialize(
 
 
 def _task(branch: Branch | None) -> dict[str, Any]:
-    """What a branch learns: its arguments, but for how it computes and what it compares with."""
-    config = {} if branch is None else branch.get_config()
-    return {
-        name: value
-        for name, value in config.items()
-        if name not in ("dtype", "remat", "negatives", "across_cases", "augment_cubes")
-    }
+    """What a branch learns: its arguments, but for those that may differ."""
+    if branch is None:
+        return {}
+    return {k: v for k, v in branch.get_config().items() if k not in branch.may_differ}
 
 
 def _alike(source: Any, layer: Any) -> bool:

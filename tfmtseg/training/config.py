@@ -17,9 +17,9 @@ from tfmtseg.data.augment import Augmentation
 from tfmtseg.errors import InputError
 from tfmtseg.models.blocks import Factors
 from tfmtseg.models.contrast import NEGATIVES
-from tfmtseg.models.contrastive_branch import LEAST_CUBES, check_grid, grid_shape
+from tfmtseg.models.contrastive_branch import check_grid, grid_shape
 from tfmtseg.models.dense_branch import view_shape
-from tfmtseg.models.methods import CONTRASTIVE_FORMS, METHODS, UNLABELLED_FORMS
+from tfmtseg.models.methods import FORMS, METHODS, Form
 from tfmtseg.training.precision import PRECISIONS
 from tfmtseg.training.sizes import MAX_ROTATION_DEGREES, Strides, total_strides
 
@@ -222,6 +222,8 @@ class TrainConfig:
         }  # fmt: skip
         pretrain = self.mode == "pretrain"
         able = [name for name, method in METHODS.items() if method.can_pretrain]
+        unlabelled = [name for name, values in FORMS.items() if not values.needs_labels]
+        form = self.form
         rules = [
             ("data_dir", bool(self.data_dir), "a folder", "name the folder of your data"),
             ("model_dir", bool(self.model_dir), "a folder", "name a folder for the run"),
@@ -329,8 +331,8 @@ class TrainConfig:
             ),
             (
                 "contrastive_form",
-                self.contrastive_form in CONTRASTIVE_FORMS,
-                f"one of {', '.join(CONTRASTIVE_FORMS)}",
+                self.contrastive_form in FORMS,
+                f"one of {', '.join(FORMS)}",
                 "choose one",
             ),
             (
@@ -341,28 +343,27 @@ class TrainConfig:
             ),
             (
                 "negatives",
-                self.negatives != "case"
-                or self.contrastive_form not in ("dense_across", "classes"),
+                self.negatives != "case" or form is None or not form.across_cases,
                 f"batch or global with --contrastive_form={self.contrastive_form}",
                 "choose one",
             ),
             (
                 "augment_cubes",
-                not self.augment_cubes or self.contrast in ("", *LEAST_CUBES),
+                not self.augment_cubes or form is None or form.compares == "cubes",
                 f"false with --contrastive_form={self.contrastive_form}, which has no cubes",
                 "leave it out",
             ),
             (
                 "flips",
-                self.contrast != "dense_across" or not any(self.flips),
-                "false,false,false with --contrastive_form=dense_across, for which a place has to "
-                "be the same anatomy in every case",
+                form is None or not form.aligned or not any(self.flips),
+                f"false,false,false with --contrastive_form={self.contrastive_form}, for which a "
+                "place has to be the same anatomy in every case",
                 "choose this, or another form",
             ),
             (
                 "contrastive_form",
-                not pretrain or self.contrastive_form in UNLABELLED_FORMS,
-                f"one of {', '.join(UNLABELLED_FORMS)} with --mode=pretrain",
+                not pretrain or form is None or not form.needs_labels,
+                f"one of {', '.join(unlabelled)} with --mode=pretrain",
                 "choose one",
             ),
             (
@@ -405,19 +406,20 @@ class TrainConfig:
         for name, holds, rule, fix in rules:
             if not holds:
                 raise InputError(f"--{name}", "value", repr(getattr(self, name)), rule, fix)
-        if self.contrast in LEAST_CUBES and min(*self.crop, *self.cube_size) > 0:
-            check_grid(grid_shape(self.crop, self.cube_size), self.contrast)
+        if form and form.compares == "cubes" and min(*self.crop, *self.cube_size) > 0:
+            check_grid(grid_shape(self.crop, self.cube_size), self.contrastive_form)
 
     @property
-    def contrast(self) -> str:
-        """The contrast's form; empty for methods without one."""
+    def form(self) -> Form | None:
+        """The form of the contrast; None for methods without one, and where it is unknown."""
         contrastive = self.method in METHODS and METHODS[self.method].branch == "contrastive"
-        return self.contrastive_form if contrastive else ""
+        return FORMS.get(self.contrastive_form) if contrastive else None
 
     @property
     def _room_for_views(self) -> bool:
         """Whether a dense contrast, if there is one, can cut views at different places."""
-        if not self.contrast.startswith("dense") or min(self.crop) == 0 or not self.has_strides:
+        views = self.form is not None and self.form.compares == "views"
+        if not views or min(self.crop) == 0 or not self.has_strides:
             return True
         return view_shape(self.crop, self.strides) != self.crop
 
@@ -446,6 +448,16 @@ class TrainConfig:
         """Whether unlabelled patches take part."""
         uses = METHODS[self.method].uses_unlabelled or self.mode == "pretrain"
         return uses and self.unlabeled_per_step > 0
+
+    def patches_per_step(self, kind: str = "images") -> int:
+        """Patches of a step: all `"images"`, or those a branch `learns_from`, see `Branch`."""
+        labelled = self.labeled_per_step if self.mode == "train" else 0
+        unlabelled = self.unlabeled_per_step if self.uses_unlabelled else 0
+        return {
+            "images": labelled + unlabelled,
+            "others": unlabelled or labelled,
+            "labels": labelled,
+        }[kind]
 
     def to_yaml(self) -> str:
         """All settings as YAML, in the order of this class."""

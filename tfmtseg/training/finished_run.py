@@ -30,8 +30,7 @@ class Run:
         directory: Its folder.
         config: Its settings.
         modalities: Names of the model's input channels.
-        spacing_mm: Median voxel size of its training images; `None` if an earlier version
-            trained it.
+        spacing_mm: Median voxel size of its training images.
         splits: Who was trained on, watched and kept for the test.
         model: With the final weights.
     """
@@ -39,7 +38,7 @@ class Run:
     directory: Path
     config: TrainConfig
     modalities: tuple[str, ...]
-    spacing_mm: tuple[float, ...] | None
+    spacing_mm: tuple[float, ...]
     splits: Splits
     model: Segmenter
 
@@ -125,12 +124,11 @@ def load_run(
         config = dataclasses.replace(config, data_dir=os.fspath(data_dir))
     if allow_root:
         config = dataclasses.replace(config, allow_root=os.fspath(allow_root))
-    spacing_mm = read_description(directory).get("spacing_mm")
     return Run(
         directory,
         config,
         modalities,
-        tuple(spacing_mm) if spacing_mm else None,
+        tuple(read_description(directory)["spacing_mm"]),
         Splits.read(directory / "splits"),
         model,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from tfmtseg.models.contrastive_branch import grid_shape
-from tfmtseg.models.methods import METHODS
 from tfmtseg.training.config import TrainConfig
 
 START_GB = 1.4  # TensorFlow, this package, graphs, and patches on their way, with room
@@ -35,17 +34,15 @@ def training_memory_gb(
         parameters: Trainable weights, those of the branch included.
         num_outputs: Channels of the network's output, `Regions.num_outputs`.
     """
-    unlabelled = config.uses_unlabelled * config.unlabeled_per_step
-    patches = unlabelled + (config.labeled_per_step if config.mode == "train" else 0)
-    voxels = patches * math.prod(config.crop)
+    voxels = config.patches_per_step() * math.prod(config.crop)
     arrays = LIVE_FEATURES * voxels
-    if METHODS[config.method].branch == "contrastive":
-        if config.contrastive_form.startswith("dense"):
-            arrays *= 2  # two views, each smaller than its patch
-        elif config.contrastive_form != "classes":  # which looks at what is there
-            cubes = math.prod(grid_shape(config.crop, config.cube_size))
-            contrasted = unlabelled or config.labeled_per_step
-            arrays += LIVE_CUBE_FEATURES * contrasted * cubes * math.prod(config.cube_size)
+    if config.form and config.form.compares == "views":
+        arrays *= 2  # each smaller than its patch
+    elif config.form and config.form.compares == "cubes":  # those of classes are there anyway
+        cubes = config.patches_per_step("others") * math.prod(
+            grid_shape(config.crop, config.cube_size)
+        )
+        arrays += LIVE_CUBE_FEATURES * cubes * math.prod(config.cube_size)
     numbers = arrays * config.width + WEIGHT_COPIES * parameters
     numbers += LIVE_OUTPUTS * max(num_outputs - COUNTED_OUTPUTS, 0) * voxels
     return START_GB + 4 * numbers / 1e9

@@ -230,11 +230,12 @@ def _resolve(
 ) -> TrainConfig:
     """Fills in what is left to us: precision, and sizes from medians of the data."""
     config = choose_sizes(config, spacing_mm, shape)
-    if config.contrast == "dense_across" and np.less(config.crop, 0.75 * np.array(shape)).any():
+    aligned = config.form is not None and config.form.aligned
+    if aligned and np.less(config.crop, 0.75 * np.array(shape)).any():
         warnings.warn(
-            f"--contrastive_form=dense_across: patches of {config.crop} are cut anywhere from "
-            f"volumes of {tuple(shape)} voxels, so that the same place is the same anatomy only "
-            "in part.",
+            f"--contrastive_form={config.contrastive_form}: patches of {config.crop} are cut "
+            f"anywhere from volumes of {tuple(shape)} voxels, so that the same place is the same "
+            "anatomy only in part.",
             InputWarning,
             stacklevel=2,
         )

@@ -15,7 +15,6 @@ from tfmtseg.data.splits import Splits
 from tfmtseg.errors import InputError, InputWarning
 from tfmtseg.training.checkpoint import read_description
 from tfmtseg.training.config import TrainConfig, read_settings
-from tfmtseg.training.precision import choose_precision
 from tfmtseg.training.run_data import subject_by
 
 # Settings that may differ when a run goes on: they change no result, or its rounding alone
@@ -33,7 +32,7 @@ def as_begun(config: TrainConfig, directory: Path) -> TrainConfig:
         return config
     before = TrainConfig.from_mapping(read_settings(path), str(path))
     if config.precision == "auto":
-        config = dataclasses.replace(config, precision=choose_precision(before.precision))
+        config = dataclasses.replace(config, precision=before.precision)
     return config.with_unknown(before.rotation_degrees)
 
 
@@ -65,8 +64,6 @@ def claim_folder(
         return
     another = "choose another --model_dir, or repeat the settings of this run"
     before = TrainConfig.from_mapping(read_settings(path), str(path))
-    # Of a run from before there was such a setting.
-    before = dataclasses.replace(before, precision=choose_precision(before.precision))
     may_change = MAY_CHANGE - ({"num_replicas"} if config.negatives == "batch" else set())
     for field in dataclasses.fields(TrainConfig):
         old, new = getattr(before, field.name), getattr(config, field.name)
@@ -100,8 +97,7 @@ def claim_folder(
     files_before = json.loads(data_file.read_text(encoding="utf-8")) if data_file.exists() else {}
     files = arrays_of(records)
     for case, before_files in files_before.items():
-        # Without sizes, which come last, in a run from before they were kept.
-        if files[case][: len(before_files)] != before_files:
+        if files[case] != before_files:
             raise InputError(
                 data_file, f"case {case}", ", ".join(before_files),
                 f"{', '.join(files[case])}, as made of the data now",

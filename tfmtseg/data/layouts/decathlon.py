@@ -144,7 +144,7 @@ def _warn_about_swapped_labels(description: Description, cases: Iterable[Case]) 
     cases = tuple(cases)
     names = {case.name for case in cases}
     for case in cases:
-        if case.label and stem_of(case.label) in names - {case.name}:
+        if case.label and (stem := stem_of(case.label)) != case.name and stem in names:
             description.warn(
                 f"the label of {case.name} is {case.label.name}, which looks like that of "
                 "another case"

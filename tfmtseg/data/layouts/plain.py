@@ -32,10 +32,11 @@ def scan(root: DataRoot) -> tuple[DataFolder | None, list[InputError]]:
             "correct the path, or add the dataset.json",
         )  # fmt: skip
     stems = [stem_of(path) for path in files]
+    known = set(stems)
     groups: dict[str, dict[int, Path]] = {}  # by the number of the channel
     for stem, path in zip(stems, files, strict=True):
         match = MODALITY_FILE.fullmatch(stem)
-        if match and f"{match[1]}_0000" in stems:
+        if match and f"{match[1]}_0000" in known:
             name, channel = match[1], int(match[2])
         else:
             name, channel = stem, 0
@@ -48,7 +49,6 @@ def scan(root: DataRoot) -> tuple[DataFolder | None, list[InputError]]:
                 )
             )  # fmt: skip
         group[channel] = path
-    known = set(stems)
     masks = [
         (stem, found[1])
         for stem in stems
