@@ -1,1 +1,1 @@
-"""Losses that take `(y_true, y_pred)`."""
+"""Losses: of the segmentation, and of the second tasks."""
