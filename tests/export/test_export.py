@@ -196,7 +196,8 @@ def test_a_run_in_mixed_precision_is_exported_in_any(runs, without_graphs, monke
     description["arguments"]["dtype"] = "mixed_bfloat16"
     (tmp_path / "run" / "model.json").write_text(json.dumps(description))
     exported = []
-    monkeypatch.setattr("tfmtseg.export.served", lambda run: exported.append(run) or (None, {}))
+    network = SimpleNamespace(variables=[])
+    monkeypatch.setattr("tfmtseg.export.served", lambda run: exported.append(run) or (network, {}))
     for precision in (None, "float32"):
         export_model(tmp_path / "run", tmp_path / "model", precision)
     mixed, full = (each.model for each in exported)
@@ -211,7 +212,7 @@ def test_a_failed_export_leaves_nothing(runs, without_graphs, monkeypatch, tmp_p
         raise OSError("No space left on device")
 
     export_model(runs["nested"].directory, tmp_path / "model")
-    monkeypatch.setattr("tfmtseg.export.write_json", fail)
+    monkeypatch.setattr("tfmtseg.saving.write_json", fail)
     with pytest.raises(OSError, match="No space"):
         export_model(runs["nested"].directory, tmp_path / "model")
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["1"]

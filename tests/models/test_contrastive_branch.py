@@ -348,7 +348,7 @@ def test_too_small_crops_are_refused(form, grid):
 
 
 def test_unknown_form():
-    with pytest.raises(ValueError, match="form: value is 'papr', must be 'repaired' or 'paper'"):
+    with pytest.raises(ValueError, match="form: value is 'papr', must be one of repaired, paper"):
         ContrastiveBranch(8, 4, "papr")
 
 
