@@ -69,3 +69,4 @@ FORMS: dict[str, Form] = {
     "dense_across": Form("views", across_cases=True),
     "classes": Form("classes", across_cases=True, needs_labels=True),
 }
+UNLABELLED_FORMS = tuple(name for name, form in FORMS.items() if not form.needs_labels)

@@ -23,7 +23,7 @@ from tfmtseg.models.copy_paste import box_masks, largest_components, paste
 from tfmtseg.models.decoder import Decoder
 from tfmtseg.models.dense_branch import DenseContrastiveBranch
 from tfmtseg.models.encoder import ISOTROPIC, Encoder
-from tfmtseg.models.methods import FORMS, METHODS
+from tfmtseg.models.methods import FORMS, METHODS, UNLABELLED_FORMS
 from tfmtseg.models.step_batch import Kind, check_labels, sort_volumes, stand_in, unpack
 from tfmtseg.models.teacher import Teacher
 from tfmtseg.models.vae_branch import VAEBranch
@@ -179,7 +179,7 @@ class Segmenter(compat.Model):
         if pretraining and kind == "contrastive" and form.needs_labels:
             raise ValueError(
                 f"contrastive_form: value is {contrastive_form!r}, which needs labels, must be "
-                "a form that does without for pretraining. Fix: choose another."
+                f"one of {', '.join(UNLABELLED_FORMS)} for pretraining. Fix: choose another."
             )
         cubes = np.broadcast_to(cube_size, 3).tolist()
         self.regions = regions = Regions.of(regions)

@@ -19,7 +19,7 @@ from tfmtseg.models.blocks import Factors
 from tfmtseg.models.contrast import NEGATIVES
 from tfmtseg.models.contrastive_branch import check_grid, grid_shape
 from tfmtseg.models.dense_branch import view_shape
-from tfmtseg.models.methods import FORMS, METHODS, Form
+from tfmtseg.models.methods import FORMS, METHODS, UNLABELLED_FORMS, Form
 from tfmtseg.training.precision import PRECISIONS
 from tfmtseg.training.sizes import MAX_ROTATION_DEGREES, Strides, total_strides
 
@@ -222,7 +222,6 @@ class TrainConfig:
         }  # fmt: skip
         pretrain = self.mode == "pretrain"
         able = [name for name, method in METHODS.items() if method.can_pretrain]
-        unlabelled = [name for name, values in FORMS.items() if not values.needs_labels]
         form = self.form
         rules = [
             ("data_dir", bool(self.data_dir), "a folder", "name the folder of your data"),
@@ -363,7 +362,7 @@ class TrainConfig:
             (
                 "contrastive_form",
                 not pretrain or form is None or not form.needs_labels,
-                f"one of {', '.join(unlabelled)} with --mode=pretrain",
+                f"one of {', '.join(UNLABELLED_FORMS)} with --mode=pretrain",
                 "choose one",
             ),
             (
